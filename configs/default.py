@@ -1,0 +1,135 @@
+"""Every key and what it is for; other configs change values, never keys.
+
+This is a small job on the embedded digits, see `digits.py`.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from focusformer_jax import augment, space
+
+
+def section(value) -> ml_collections.ConfigDict:
+  """A config section out of a dataclass instance."""
+  return ml_collections.ConfigDict(dataclasses.asdict(value))
+
+
+def get_config() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+
+  # Everything random in a run follows from it.
+  c.seed = 0
+
+  c.data = ml_collections.ConfigDict()
+  # A TFDS image-classification data set; `sklearn_digits` ships with us.
+  c.data.name = 'sklearn_digits'
+  # Where TFDS keeps data sets; None for its default.
+  c.data.dir = ml_collections.config_dict.placeholder(str)
+  # Pixels along one side of an image.
+  c.data.image_size = 8
+  # Share of TFDS's train split that rewards the sampler and is not trained on.
+  c.data.heldout = 0.1
+  # Images of one supernet update, over all devices.
+  c.data.batch_size = 128
+  # Images of one evaluation step, over all devices.
+  c.data.eval_batch_size = 128
+
+  # Changes made to training images on the device; see `augment.Recipe`.
+  c.augment = section(augment.Recipe(mean=(0.5,), std=(0.5,)))
+
+  # The choices; `focusformer_jax/space.py` names some spaces.
+  c.space = section(space.PIXELS8)
+
+  c.supernet = ml_collections.ConfigDict()
+  # Pixels along one side of a patch.
+  c.supernet.patch_size = 2
+  # Distances in patches beyond this count as this; AutoFormer's is 14.
+  c.supernet.max_relative_position = 14
+  # What the head reads: 'mean' of the patches, or the 'cls' token.
+  c.supernet.pool = 'mean'
+  # Probability of dropping a branch of the last layer; less for earlier ones.
+  c.supernet.drop_path = 0.0
+  # Of the computation: 'float32' or 'bfloat16'; parameters stay float32.
+  c.supernet.dtype = 'float32'
+  # 'masked' computes the largest subnet, 'switched' only what is live.
+  c.supernet.execution = 'masked'
+
+  c.optimizer = ml_collections.ConfigDict()
+  # AdamW's peak, for the batch size above.
+  c.optimizer.learning_rate = 2e-3
+  # Where the cosine ends.
+  c.optimizer.final_learning_rate = 1e-5
+  # Updates of linear warm-up.
+  c.optimizer.warmup_steps = 100
+  # Not applied to one-dimensional parameters, positions and class token.
+  c.optimizer.weight_decay = 0.05
+  # Gradients with a larger norm are scaled down to it.
+  c.optimizer.clip_norm = 1.0
+
+  c.curriculum = ml_collections.ConfigDict()
+  # 'focus' trains what the sampler proposes, 'uniform' draws choices evenly.
+  c.curriculum.name = 'focus'
+  # Different subnets in one update; they share the batch.
+  c.curriculum.subnets = 4
+  # Share of all steps that draw evenly before the sampler is asked.
+  c.curriculum.warmup = 0.3
+  # Probability of an even draw within the budget after that.
+  c.curriculum.epsilon = 0.2
+
+  c.sampler = ml_collections.ConfigDict()
+  # What budgets bound: 'macs' or 'params'.
+  c.sampler.cost = 'macs'
+  # Resolution of exact budgets; more is finer and slower.
+  c.sampler.bins = 512
+  # Widths of the hidden layers.
+  c.sampler.hidden = (64, 64)
+  # Fourier features of the budget.
+  c.sampler.frequencies = 4
+  # Supernet updates between sampler updates.
+  c.sampler.every = 4
+  # Subnets that one sampler update compares, all at one budget.
+  c.sampler.subnets = 8
+  # Held-out images that they are compared on.
+  c.sampler.batch_size = 128
+  # 'loss' (minus cross-entropy) or 'accuracy'.
+  c.sampler.reward = 'loss'
+  # 'exact' draws within the budget; 'penalty' draws freely and pays for it.
+  c.sampler.constraint = 'exact'
+  # Reward lost per share of the budget exceeded, for 'penalty'.
+  c.sampler.penalty = 1.0
+  # How budgets are drawn over the reachable range: 'log' or 'linear'.
+  c.sampler.budgets = 'log'
+  # Weight of the policy's entropy in its objective.
+  c.sampler.entropy = 1e-3
+  # Adam's.
+  c.sampler.learning_rate = 1e-2
+
+  c.train = ml_collections.ConfigDict()
+  # Supernet updates.
+  c.train.steps = 2000
+  # Steps between lines of metrics.
+  c.train.log_every = 100
+  # Steps between held-out scores of the sampler's proposals.
+  c.train.eval_every = 500
+  # Steps between checkpoints.
+  c.train.checkpoint_every = 500
+  # Newest checkpoints that stay on disk.
+  c.train.keep_checkpoints = 2
+  # Non-finite updates in a row that stop the run; each one is skipped.
+  c.train.max_skipped = 10
+
+  c.search = ml_collections.ConfigDict()
+  # Costs to stay within; empty for six that span the reachable range.
+  c.search.budgets = ()
+  # Draws per budget for the random rival.
+  c.search.random = 16
+  # Subnets that one compiled call scores.
+  c.search.subnets_per_call = 8
+
+  c.mesh = ml_collections.ConfigDict()
+  # Devices that replicate the parameters; -1 for all that are left.
+  c.mesh.data = -1
+  # Devices that share them out.
+  c.mesh.fsdp = 1
+  return c

@@ -1,0 +1,102 @@
+"""How a training step picks its subnets.
+
+A curriculum is a function `draw(key, step, policy) -> S architectures`, traced
+into the training step.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from focusformer_jax import policy as policy_lib
+from focusformer_jax import settings as settings_lib
+from focusformer_jax import space as space_lib
+
+Draw = Callable[
+  [jax.Array, Int[Array, ''], policy_lib.Policy], space_lib.Architecture
+]
+
+
+def draw_position(key: jax.Array, budgets: policy_lib.Budgets, how: str):
+  """A random budget in the table's units: uniform in its log, or linearly."""
+  position = jax.random.uniform(key)
+  if how == 'log':
+    return budgets.denormalise(position)
+  low, high = budgets.range
+  return jnp.floor(low + position * (high - low)).astype(jnp.int32)
+
+
+def warmup_steps(settings: settings_lib.Settings) -> int:
+  """Steps before the sampler is trained and asked."""
+  if settings.curriculum.name == 'uniform':
+    return settings.train.steps
+  return round(settings.curriculum.warmup * settings.train.steps)
+
+
+def make(
+  settings: settings_lib.Settings,
+  space: space_lib.SearchSpace,
+  budgets: policy_lib.Budgets,
+) -> Draw:
+  """The configured curriculum.
+
+  'uniform' draws every choice uniformly at every step, as AutoFormer does.
+  'focus' starts so, for the share `warmup` of all steps; after that each
+  subnet gets a budget of its own and is drawn within it, from the policy with
+  probability 1 - epsilon and uniformly over architectures otherwise.
+  """
+  count = settings.curriculum.subnets
+  epsilon = settings.curriculum.epsilon
+  warmup = warmup_steps(settings)
+
+  def uniform(key, step, policy):
+    del step, policy
+    return jax.vmap(space.uniform)(jax.random.split(key, count))
+
+  def focus_one(key, step, policy):
+    budget_key, explore_key, draw_key = jax.random.split(key, 3)
+    budget = draw_position(budget_key, budgets, settings.sampler.budgets)
+    explore = jax.random.uniform(explore_key) < epsilon
+    weights = _select(
+      step < warmup,
+      policy_lib.choice_weights(space),
+      _select(
+        explore,
+        policy_lib.architecture_weights(space),
+        policy(budgets.normalise(budget)),
+      ),
+    )
+    bound = jnp.where(step < warmup, budgets.range[1], budget)
+    drawn = policy_lib.sample(draw_key, weights, budgets, bound, 1)
+    return jax.tree.map(lambda leaf: leaf[0], drawn)
+
+  def focus(key, step, policy):
+    return jax.vmap(focus_one, (0, None, None))(
+      jax.random.split(key, count), step, policy
+    )
+
+  return {'uniform': uniform, 'focus': focus}[settings.curriculum.name]
+
+
+def _select(condition: Float[Array, ''], yes, no):
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def count_choices(
+  space: space_lib.SearchSpace, archs: space_lib.Architecture
+) -> policy_lib.LogWeights:
+  """How often a batch of architectures makes each choice, live layers alone."""
+
+  def one_hot(indices, choices):
+    return jax.nn.one_hot(indices, len(choices))
+
+  depth = jnp.asarray(space.depth)[archs.depth]
+  live = jnp.arange(space.num_layers) < depth[:, None]
+  return policy_lib.LogWeights(
+    one_hot(archs.depth, space.depth).sum(0),
+    one_hot(archs.embed_dim, space.embed_dim).sum(0),
+    (one_hot(archs.num_heads, space.num_heads) * live[..., None]).sum(0),
+    (one_hot(archs.mlp_ratio, space.mlp_ratio) * live[..., None]).sum(0),
+  )

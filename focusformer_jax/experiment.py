@@ -1,0 +1,178 @@
+"""One run's fixed parts, made from its settings: what steps close over."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from focusformer_jax import cost, curriculum, data, errors, optim, sharding
+from focusformer_jax import policy as policy_lib
+from focusformer_jax import settings as settings_lib
+from focusformer_jax import space as space_lib
+from focusformer_jax import state as state_lib
+from focusformer_jax import supernet as supernet_lib
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+  """Settings, data set and everything that follows from the two."""
+
+  settings: settings_lib.Settings
+  dataset: data.Dataset
+  mesh: jax.sharding.Mesh
+
+  @property
+  def space(self) -> space_lib.SearchSpace:
+    return self.settings.space
+
+  @functools.cached_property
+  def geometry(self) -> space_lib.Geometry:
+    try:
+      return space_lib.Geometry(
+        image_size=self.settings.data.image_size,
+        patch_size=self.settings.supernet.patch_size,
+        channels=self.dataset.channels,
+        num_classes=self.dataset.num_classes,
+        max_relative_position=self.settings.supernet.max_relative_position,
+      )
+    except ValueError as error:
+      raise errors.UserError(f'config.supernet.{error}') from error
+
+  @functools.cached_property
+  def tables(self) -> dict[str, cost.CostTable]:
+    """Every cost that tables and reports show, by name."""
+    return {
+      'macs': cost.macs(self.space, self.geometry),
+      'params': cost.params(self.space, self.geometry),
+    }
+
+  @functools.cached_property
+  def budgets(self) -> policy_lib.Budgets:
+    """The cost that budgets bound."""
+    sampler = self.settings.sampler
+    return policy_lib.Budgets(self.tables[sampler.cost], sampler.bins)
+
+  @property
+  def search_budgets(self) -> tuple[int, ...]:
+    """The configured budgets, or six that span the range evenly in its log.
+
+    The lowest default leaves 20% above the smallest subnet: room for a choice.
+    """
+    table, configured = self.budgets.table, self.settings.search.budgets
+    if configured:
+      return tuple(int(b) for b in sorted(configured))
+    low = min(1.2 * table.minimum, table.maximum)
+    return tuple(int(b) for b in np.geomspace(low, table.maximum, 6).round())
+
+  @functools.cached_property
+  def draw(self) -> curriculum.Draw:
+    return curriculum.make(self.settings, self.space, self.budgets)
+
+  @functools.cached_property
+  def optimizer(self):
+    return optim.supernet_optimizer(
+      self.settings.optimizer, self.settings.train.steps
+    )
+
+  @functools.cached_property
+  def policy_optimizer(self):
+    return optim.policy_optimizer(self.settings.sampler)
+
+  def _init(self) -> state_lib.TrainState:
+    supernet, policy = self.settings.supernet, self.settings.sampler
+
+    def rngs(part: int) -> nnx.Rngs:
+      return nnx.Rngs(
+        state_lib.stream_key(self.settings.seed, state_lib.Stream.INIT, part)
+      )
+
+    net = supernet_lib.Supernet(
+      self.space,
+      self.geometry,
+      pool=supernet.pool,
+      drop_path=supernet.drop_path,
+      dtype=supernet.dtype,
+      execution=supernet.execution,
+      rngs=rngs(0),
+    )
+    sampler = policy_lib.Policy(
+      self.space, policy.hidden, policy.frequencies, rngs=rngs(1)
+    )
+    return state_lib.TrainState(
+      step=jnp.int32(0),
+      supernet=net,
+      optimizer=self.optimizer.init(net),
+      policy=sampler,
+      policy_optimizer=self.policy_optimizer.init(sampler),
+      trained=policy_lib.architecture_weights(self.space),
+    )
+
+  @functools.cached_property
+  def abstract_state(self) -> state_lib.TrainState:
+    """Shapes, dtypes and shardings of the state, without values."""
+    abstract = jax.eval_shape(self._init)
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      abstract,
+      sharding.shardings(self.mesh, abstract),
+    )
+
+  def init_state(self) -> state_lib.TrainState:
+    """A new state, born with the shardings that the mesh asks for."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+    return jax.jit(self._init, out_shardings=placed)()
+
+  def facts(self) -> dict[str, Any]:
+    """What a checkpoint must agree with, by config key."""
+    supernet, sampler = self.settings.supernet, self.settings.sampler
+    return {
+      'data.name': self.settings.data.name,
+      'data.image_size': self.settings.data.image_size,
+      'data.heldout': self.settings.data.heldout,
+      'space': dataclasses.asdict(self.space),
+      'supernet.patch_size': supernet.patch_size,
+      'supernet.max_relative_position': supernet.max_relative_position,
+      'supernet.pool': supernet.pool,
+      'sampler.hidden': sampler.hidden,
+      'sampler.frequencies': sampler.frequencies,
+    }
+
+
+def create(settings: settings_lib.Settings, devices=None) -> Experiment:
+  """Opens the data set and checks that all settings fit together.
+
+  Raises:
+    UserError: from the data set, the mesh, or a search budget that no subnet
+      of the space can meet.
+  """
+  mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices)
+  shards = mesh.size
+  for key, size in (
+    (
+      'data.batch_size',
+      settings.data.batch_size // settings.curriculum.subnets,
+    ),
+    ('data.eval_batch_size', settings.data.eval_batch_size),
+    ('sampler.batch_size', settings.sampler.batch_size),
+  ):
+    if size % shards:
+      raise errors.UserError(
+        f'config.{key}: wanted a multiple of the {shards} devices of the mesh '
+        f'(for each subnet of a step), found {size}'
+      )
+  experiment = Experiment(settings, data.open_dataset(settings.data), mesh)
+  table = experiment.budgets.table
+  for budget in settings.search.budgets:
+    if budget < table.minimum:
+      raise errors.UserError(
+        f'config.search.budgets: wanted at least {table.minimum:,} '
+        f'{table.label}, the smallest subnet (the largest has '
+        f'{table.maximum:,}), found {budget:,.10g}'
+      )
+  return experiment

@@ -1,0 +1,360 @@
+"""The parts of a vision transformer, elastic by prefix masks or by slicing.
+
+One formulation serves every way of running a subnet. A part computes with the
+arrays it holds; given a prefix mask or a live count, it behaves as if it held
+only that prefix. Every parameter names its axes, so `take` can cut a smaller
+part out of a larger one. Extracted networks are built of the same parts.
+
+Letters: `B` batch, `N` tokens, `D` width, `F` MLP width, `H` heads, `K` head
+dim, `G` patches along one side, `C` classes, `T` entries of a distance table.
+"""
+
+import math
+from typing import TypeVar
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+Module = TypeVar('Module', bound=nnx.Module)
+
+# Initialisation of the reference: normal(0.02) for everything that is learnt
+# but biases, norms and the patch convolution.
+NORMAL = nnx.initializers.normal(0.02)
+LAYER_NORM_EPS = 1e-5
+
+
+def is_param(node) -> bool:
+  return isinstance(node, nnx.Variable)
+
+
+def _param(rngs, init, shape, axes) -> nnx.Param:
+  """A parameter whose `axes` name the dimension that sizes each axis."""
+  return nnx.Param(init(rngs.params(), shape), axes=axes)
+
+
+def take(module: Module, sizes: dict[str, int]) -> Module:
+  """The prefix slice of every parameter of `module`.
+
+  Args:
+    module: a part, or several stacked along leading axes.
+    sizes: how much to keep of the axes named 'embed', 'heads' and 'mlp';
+      'heads3' is three times 'heads'.
+
+  Returns:
+    The same kind of module over smaller arrays.
+  """
+  sizes = dict(sizes)
+  if 'heads' in sizes:
+    sizes['heads3'] = 3 * sizes['heads']
+
+  def cut(param):
+    stacked = param.ndim - len(param.axes)
+    index = (slice(None),) * stacked
+    index += tuple(slice(sizes.get(axis)) for axis in param.axes)
+    return param.replace(param.get_value()[index])
+
+  return jax.tree.map(cut, module, is_leaf=is_param)
+
+
+def prefix_mask(live: Int[Array, ''], size: int) -> Float[Array, 'D']:
+  """1 for the first `live` entries, 0 beyond; `live` may be traced."""
+  return (jnp.arange(size) < live).astype(jnp.float32)
+
+
+class LayerNorm(nnx.Module):
+  """Layer normalisation over the live features alone."""
+
+  def __init__(self, embed_dim: int):
+    self.scale = nnx.Param(jnp.ones(embed_dim), axes=('embed',))
+    self.bias = nnx.Param(jnp.zeros(embed_dim), axes=('embed',))
+
+  def __call__(
+    self,
+    x_BND: Float[Array, 'B N D'],
+    mask_D: Float[Array, 'D'] | None = None,
+  ) -> Float[Array, 'B N D']:
+    """Normalises in float32; features where `mask_D` is 0 come out as 0."""
+    x = x_BND.astype(jnp.float32)
+    scale, bias = self.scale.get_value(), self.bias.get_value()
+    if mask_D is None:
+      mean = jnp.mean(x, -1, keepdims=True)
+      centred = x - mean
+      variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
+    else:
+      live = jnp.sum(mask_D)
+      mean = jnp.sum(x * mask_D, -1, keepdims=True) / live
+      centred = (x - mean) * mask_D
+      variance = jnp.sum(jnp.square(centred), -1, keepdims=True) / live
+      bias = bias * mask_D
+    normed = centred * (jax.lax.rsqrt(variance + LAYER_NORM_EPS) * scale)
+    return (normed + bias).astype(x_BND.dtype)
+
+
+def _dense(x: Array, kernel: Array, bias: Array) -> Array:
+  return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+
+
+class RelativePosition(nnx.Module):
+  """Vectors for the distance of two patches, a row part plus a column part.
+
+  The class token is a row and a column of its own (index G of the grid), with
+  entry 0 of each table for any pair it belongs to. Tables of 2m + 2 vectors
+  as in AutoFormer; the (N,N,K) tensor of their sums is never built.
+  """
+
+  def __init__(self, head_dim: int, max_distance: int, *, rngs: nnx.Rngs):
+    shape = (2 * max_distance + 2, head_dim)
+    self.rows = _param(rngs, NORMAL, shape, (None, None))
+    self.columns = _param(rngs, NORMAL, shape, (None, None))
+
+
+def distance_index(grid: int, max_distance: int) -> Int[np.ndarray, 'G+1 G+1']:
+  """Table entry of (query, key) along one axis; the last is the class token."""
+  position = np.arange(grid)
+  distance = np.clip(
+    position[None, :] - position[:, None], -max_distance, max_distance
+  )
+  return np.pad(distance + max_distance + 1, (0, 1)).astype(np.int32)
+
+
+def token_coordinates(grid: int) -> Int[np.ndarray, '2 N']:
+  """Row and column of every token; the class token comes first, at (G, G)."""
+  rows, columns = np.divmod(np.arange(grid**2), grid)
+  return np.stack([np.append(grid, rows), np.append(grid, columns)])
+
+
+class Attention(nnx.Module):
+  """Self-attention with 2-D relative position for keys and values.
+
+  Distances enter as extra channels. With r_k[i,j] = rows[row(i), row(j)] +
+  columns[col(i), col(j)], the product q_i . r_k[i,j] picks entry row(j) of a
+  vector that depends on i alone, plus entry col(j) of another: append both
+  vectors to the query and the one-hot row and column of j to the key, and
+  q . k + q . r_k is one ordinary product. In the same way the one-hot channels
+  of the values collect the attention per row and column, which the value
+  tables turn into sum_j attn_ij r_v[i,j]. This costs O(N sqrt(N) K).
+  """
+
+  def __init__(
+    self,
+    embed_dim: int,
+    num_heads: int,
+    head_dim: int,
+    grid: int,
+    max_distance: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.grid = grid
+    self.max_distance = max_distance
+    shape, axes = (embed_dim, num_heads, head_dim), ('embed', 'heads', None)
+    self.query = _param(rngs, NORMAL, shape, axes)
+    self.key = _param(rngs, NORMAL, shape, axes)
+    self.value = _param(rngs, NORMAL, shape, axes)
+    # A subnet of H heads reads rows [0,H) for queries, [H,2H) for keys and
+    # [2H,3H) for values: the reference's rule, without which an imported
+    # supernet would not give its logits.
+    self.bias = nnx.Param(
+      jnp.zeros((3 * num_heads, head_dim)), axes=('heads3', None)
+    )
+    self.position_key = RelativePosition(head_dim, max_distance, rngs=rngs)
+    self.position_value = RelativePosition(head_dim, max_distance, rngs=rngs)
+    self.out = _param(
+      rngs,
+      NORMAL,
+      (num_heads, head_dim, embed_dim),
+      ('heads', None, 'embed'),
+    )
+    self.out_bias = nnx.Param(jnp.zeros(embed_dim), axes=('embed',))
+
+  def __call__(
+    self,
+    x_BND: Float[Array, 'B N D'],
+    num_heads: Int[Array, ''] | None = None,
+  ) -> Float[Array, 'B N D']:
+    """Attends; heads beyond `num_heads` (all live if None) give nothing."""
+    dtype = x_BND.dtype
+    batch, tokens, width = x_BND.shape
+    _, H, K = self.query.shape
+    live = H if num_heads is None else num_heads
+    bias_3HK = self.bias[jnp.arange(3)[:, None] * live + jnp.arange(H)]
+    x = x_BND.reshape(batch * tokens, width)
+
+    def project(kernel, bias_HK):
+      y = _dense(x, kernel.reshape(width, H * K), bias_HK.reshape(H * K))
+      return y.reshape(batch, tokens, H, K)
+
+    q_BNHK = project(self.query.get_value(), bias_3HK[0])
+    k_BNHK = project(self.key.get_value(), bias_3HK[1])
+    v_BNHK = project(self.value.get_value(), bias_3HK[2])
+
+    index = distance_index(self.grid, self.max_distance)
+    rows, columns = token_coordinates(self.grid)
+    seen = np.concatenate([index[rows], index[columns]], -1)  # (N, 2(G+1))
+    side = self.grid + 1
+    one_hot = np.concatenate([np.eye(side)[rows], np.eye(side)[columns]], -1)
+
+    def tables_NGK(position: RelativePosition):
+      """For each query token, the vector of every key row and key column."""
+      row, column = position.rows.get_value(), position.columns.get_value()
+      return jnp.concatenate(
+        [row[seen[:, :side]], column[seen[:, side:]]], axis=1
+      ).astype(dtype)
+
+    q_position = jnp.einsum(
+      'bnhk,ngk->bnhg', q_BNHK, tables_NGK(self.position_key)
+    )
+    hot_BNHG = jnp.broadcast_to(
+      jnp.asarray(one_hot, dtype)[None, :, None, :],
+      (batch, tokens, H, 2 * side),
+    )
+    q = jnp.concatenate([q_BNHK, q_position], -1)
+    k = jnp.concatenate([k_BNHK, hot_BNHG], -1)
+    v = jnp.concatenate([v_BNHK, hot_BNHG], -1)
+    logits = jnp.einsum(
+      'bnhk,bmhk->bhnm', q, k, preferred_element_type=jnp.float32
+    )
+    attention = jax.nn.softmax(logits * K**-0.5, axis=-1).astype(dtype)
+    gathered = jnp.einsum('bhnm,bmhk->bnhk', attention, v)
+    out_BNHK = gathered[..., :K] + jnp.einsum(
+      'bnhg,ngk->bnhk', gathered[..., K:], tables_NGK(self.position_value)
+    )
+    if num_heads is not None:
+      out_BNHK *= prefix_mask(num_heads, H)[:, None].astype(dtype)
+    out = _dense(
+      out_BNHK.reshape(batch * tokens, H * K),
+      self.out.get_value().reshape(H * K, width),
+      self.out_bias.get_value(),
+    )
+    return out.reshape(batch, tokens, width)
+
+
+class Mlp(nnx.Module):
+  """Two dense layers around an exact GELU."""
+
+  def __init__(self, embed_dim: int, mlp_dim: int, *, rngs: nnx.Rngs):
+    self.up = _param(rngs, NORMAL, (embed_dim, mlp_dim), ('embed', 'mlp'))
+    self.up_bias = nnx.Param(jnp.zeros(mlp_dim), axes=('mlp',))
+    self.down = _param(rngs, NORMAL, (mlp_dim, embed_dim), ('mlp', 'embed'))
+    self.down_bias = nnx.Param(jnp.zeros(embed_dim), axes=('embed',))
+
+  def __call__(
+    self,
+    x_BND: Float[Array, 'B N D'],
+    mlp_dim: Int[Array, ''] | None = None,
+  ) -> Float[Array, 'B N D']:
+    """Hidden features beyond `mlp_dim` (all live if None) give nothing."""
+    batch, tokens, width = x_BND.shape
+    x = x_BND.reshape(batch * tokens, width)
+    hidden = _dense(x, self.up.get_value(), self.up_bias.get_value())
+    hidden = jax.nn.gelu(hidden, approximate=False)
+    if mlp_dim is not None:
+      hidden *= prefix_mask(mlp_dim, hidden.shape[-1]).astype(x.dtype)
+    out = _dense(hidden, self.down.get_value(), self.down_bias.get_value())
+    return out.reshape(batch, tokens, width)
+
+
+class Block(nnx.Module):
+  """A pre-norm transformer layer: two branches that a residual stream adds."""
+
+  def __init__(
+    self,
+    embed_dim: int,
+    num_heads: int,
+    mlp_dim: int,
+    head_dim: int,
+    grid: int,
+    max_distance: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.attention_norm = LayerNorm(embed_dim)
+    self.attention = Attention(
+      embed_dim, num_heads, head_dim, grid, max_distance, rngs=rngs
+    )
+    self.mlp_norm = LayerNorm(embed_dim)
+    self.mlp = Mlp(embed_dim, mlp_dim, rngs=rngs)
+
+  def attend(self, x_BND, mask_D=None, num_heads=None):
+    """The first branch; see `LayerNorm` and `Attention` for the arguments."""
+    return self.attention(self.attention_norm(x_BND, mask_D), num_heads)
+
+  def transform(self, x_BND, mask_D=None, mlp_dim=None):
+    """The second branch; see `LayerNorm` and `Mlp` for the arguments."""
+    return self.mlp(self.mlp_norm(x_BND, mask_D), mlp_dim)
+
+  def __call__(self, x_BND: Float[Array, 'B N D']) -> Float[Array, 'B N D']:
+    x_BND = x_BND + self.attend(x_BND)
+    return x_BND + self.transform(x_BND)
+
+
+class Stem(nnx.Module):
+  """Images to tokens: patch embedding, class token first, positions added."""
+
+  def __init__(
+    self,
+    embed_dim: int,
+    grid: int,
+    patch_size: int,
+    channels: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.patch_size = patch_size
+    inputs = channels * patch_size**2
+    bound = 1 / math.sqrt(inputs)
+
+    def uniform(key, shape):
+      return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+    self.kernel = _param(rngs, uniform, (inputs, embed_dim), (None, 'embed'))
+    self.bias = _param(rngs, uniform, (embed_dim,), ('embed',))
+    self.class_token = _param(rngs, NORMAL, (embed_dim,), ('embed',))
+    self.position = _param(
+      rngs, NORMAL, (grid**2 + 1, embed_dim), (None, 'embed')
+    )
+
+  def __call__(
+    self, images_BHWC: Float[Array, 'B height width C']
+  ) -> Float[Array, 'B N D']:
+    batch, height, width, channels = images_BHWC.shape
+    p = self.patch_size
+    patches = images_BHWC.reshape(
+      batch, height // p, p, width // p, p, channels
+    )
+    patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(
+      batch, -1, p * p * channels
+    )
+    x = _dense(patches, self.kernel.get_value(), self.bias.get_value())
+    token = jnp.broadcast_to(
+      self.class_token.astype(x.dtype), (batch, 1, x.shape[-1])
+    )
+    x = jnp.concatenate([token, x], axis=1)
+    return x + self.position.astype(x.dtype)
+
+
+class Head(nnx.Module):
+  """Tokens to logits: final norm, pooling, a dense layer."""
+
+  def __init__(
+    self, embed_dim: int, num_classes: int, pool: str, *, rngs: nnx.Rngs
+  ):
+    self.pool = pool
+    self.norm = LayerNorm(embed_dim)
+    self.kernel = _param(
+      rngs, NORMAL, (embed_dim, num_classes), ('embed', None)
+    )
+    self.bias = nnx.Param(jnp.zeros(num_classes), axes=(None,))
+
+  def __call__(
+    self,
+    x_BND: Float[Array, 'B N D'],
+    mask_D: Float[Array, 'D'] | None = None,
+  ) -> Float[Array, 'B C']:
+    """Logits in float32, from the mean of the patches or the class token."""
+    x = self.norm(x_BND, mask_D).astype(jnp.float32)
+    pooled = jnp.mean(x[:, 1:], axis=1) if self.pool == 'mean' else x[:, 0]
+    return _dense(pooled, self.kernel.get_value(), self.bias.get_value())

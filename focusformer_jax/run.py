@@ -1,0 +1,92 @@
+"""The whole job: train, search, extract, report, each from what is on disk."""
+
+import json
+
+from absl import logging
+from etils import epath
+import jax
+
+from focusformer_jax import errors, evaluate, report, search, subnet, train
+from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import settings as settings_lib
+
+MODES = ('run', 'train', 'search', 'extract', 'report')
+
+
+def run(
+  settings: settings_lib.Settings, workdir: epath.Path, mode: str = 'run'
+) -> None:
+  """Runs one stage, or with 'run' all those whose output is not there yet.
+
+  Args:
+    settings: of the run; nothing is written before they are checked.
+    workdir: gets `checkpoints/`, `metrics/`, `results.json`, `search/`,
+      `subnet/`, `table.txt` and `pareto.png`.
+    mode: one of MODES.
+
+  Raises:
+    UserError: one line for the user.
+  """
+  if mode == 'report':
+    _report(workdir)
+    return
+  experiment = experiment_lib.create(settings)
+  evaluator = evaluate.Evaluator(experiment)
+  finished = train.is_finished(experiment, workdir)
+  if mode == 'train' or (mode == 'run' and not finished):
+    train.train(experiment, evaluator, workdir)
+  if mode == 'train':
+    return
+
+  state = _restore(experiment, workdir)
+  results = workdir / 'results.json'
+  if mode == 'search' or (mode == 'run' and not _is_of(results, state)):
+    search.search(experiment, evaluator, state, workdir)
+  if mode in ('run', 'extract'):
+    _extract(experiment, state, workdir)
+  if mode in ('run', 'search'):
+    _report(workdir)
+
+
+def _restore(experiment, workdir):
+  if not (workdir / train.CHECKPOINTS).exists():
+    raise errors.UserError(
+      f'--workdir: wanted a trained run in {workdir}, found no checkpoint; '
+      'use --mode=train first'
+    )
+  checkpoints = train.open_checkpoints(experiment, workdir)
+  state = checkpoints.restore(experiment.abstract_state)
+  checkpoints.close()
+  return state
+
+
+def _is_of(results: epath.Path, state) -> bool:
+  """Whether results were written for this state."""
+  if not results.exists():
+    return False
+  return json.loads(results.read_text())['checkpoint_step'] == int(state.step)
+
+
+def _extract(experiment, state, workdir):
+  """Cuts the sampler's choice at the largest budget out of the supernet."""
+  rows = json.loads((workdir / 'results.json').read_text())['budgets']
+  row = max(rows, key=lambda row: row['budget'])
+  arch = experiment.space.from_json(row['architecture'])
+  subnet.save(
+    subnet.extract(state.supernet, arch),
+    row['architecture'],
+    experiment.geometry,
+    workdir / 'subnet',
+  )
+  logging.info('extracted %s', experiment.space.describe(arch))
+
+
+def _report(workdir: epath.Path):
+  if not (workdir / 'results.json').exists():
+    raise errors.UserError(
+      f'--workdir: wanted results.json in {workdir}, found none; use '
+      '--mode=search first'
+    )
+  if jax.process_index() == 0:
+    print(report.report(workdir))
+    print(f'\nplot: {workdir / "pareto.png"}')

@@ -1,0 +1,197 @@
+"""The configuration as frozen dataclasses that refuse nonsense.
+
+Dicts stop here: `parse` turns the ConfigDict of a config file into `Settings`
+and names the key that is missing, unknown, of a wrong type or out of range.
+What each key is for stands beside its value in `configs/default.py`.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+import ml_collections
+
+from focusformer_jax import augment as augment_lib
+from focusformer_jax import errors
+from focusformer_jax import space as space_lib
+
+
+def _number(at_least=None, at_most=None, above=None):
+  return dataclasses.field(
+    metadata={'at_least': at_least, 'at_most': at_most, 'above': above}
+  )
+
+
+def _one_of(*choices):
+  return dataclasses.field(metadata={'choices': choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  name: str
+  dir: str | None
+  image_size: int = _number(at_least=1)
+  heldout: float = _number(above=0, at_most=0.9)
+  batch_size: int = _number(at_least=1)
+  eval_batch_size: int = _number(at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Supernet:
+  patch_size: int = _number(at_least=1)
+  max_relative_position: int = _number(at_least=1)
+  pool: str = _one_of('mean', 'cls')
+  drop_path: float = _number(at_least=0, at_most=0.9)
+  dtype: str = _one_of('float32', 'bfloat16')
+  execution: str = _one_of('masked', 'switched')
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  learning_rate: float = _number(above=0)
+  final_learning_rate: float = _number(at_least=0)
+  warmup_steps: int = _number(at_least=0)
+  weight_decay: float = _number(at_least=0)
+  clip_norm: float = _number(above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum:
+  name: str = _one_of('uniform', 'focus')
+  subnets: int = _number(at_least=1)
+  warmup: float = _number(at_least=0, at_most=1)
+  epsilon: float = _number(at_least=0, at_most=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  cost: str = _one_of('macs', 'params')
+  bins: int = _number(at_least=1)
+  hidden: tuple[int, ...]
+  frequencies: int = _number(at_least=0)
+  every: int = _number(at_least=1)
+  subnets: int = _number(at_least=2)
+  batch_size: int = _number(at_least=1)
+  reward: str = _one_of('loss', 'accuracy')
+  constraint: str = _one_of('exact', 'penalty')
+  penalty: float = _number(at_least=0)
+  budgets: str = _one_of('log', 'linear')
+  entropy: float = _number(at_least=0)
+  learning_rate: float = _number(above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  steps: int = _number(at_least=1)
+  log_every: int = _number(at_least=1)
+  eval_every: int = _number(at_least=1)
+  checkpoint_every: int = _number(at_least=1)
+  keep_checkpoints: int = _number(at_least=1)
+  max_skipped: int = _number(at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  budgets: tuple[float, ...]
+  random: int = _number(at_least=1)
+  subnets_per_call: int = _number(at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  data: int = _number(at_least=-1)
+  fsdp: int = _number(at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """One run, checked."""
+
+  seed: int = _number(at_least=0)
+  data: Data
+  augment: augment_lib.Recipe
+  space: space_lib.SearchSpace
+  supernet: Supernet
+  optimizer: Optimizer
+  curriculum: Curriculum
+  sampler: Sampler
+  train: Train
+  search: Search
+  mesh: Mesh
+
+
+def parse(config: ml_collections.ConfigDict) -> Settings:
+  """Checks a config and freezes it.
+
+  Raises:
+    UserError: names the key, what was wanted and what was found.
+  """
+  settings = _build(Settings, config.to_dict(), 'config')
+  if settings.data.batch_size % settings.curriculum.subnets:
+    raise errors.UserError(
+      f'config.curriculum.subnets: wanted a divisor of config.data.batch_size='
+      f'{settings.data.batch_size}, found {settings.curriculum.subnets}'
+    )
+  return settings
+
+
+def _build(cls, values: dict[str, Any], path: str):
+  """An instance of the dataclass `cls` from a plain dict."""
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  for name in values:
+    if name not in fields:
+      raise errors.UserError(
+        f'{path}.{name}: no such key; wanted one of {", ".join(fields)}'
+      )
+  types_by_name = typing.get_type_hints(cls)
+  arguments = {}
+  for name, field in fields.items():
+    key = f'{path}.{name}'
+    if name not in values:
+      raise errors.UserError(f'{key}: wanted a value, found no such key')
+    wanted, value = types_by_name[name], values[name]
+    if dataclasses.is_dataclass(wanted):
+      if not isinstance(value, dict):
+        raise errors.UserError(f'{key}: wanted a section, found {value!r}')
+      arguments[name] = _build(wanted, value, key)
+    else:
+      arguments[name] = _check(key, wanted, field.metadata, value)
+  try:
+    return cls(**arguments)
+  except ValueError as error:
+    raise errors.UserError(f'{path}.{error}') from error
+
+
+def _check(key: str, wanted: Any, metadata, value: Any) -> Any:
+  """The value as the type `wanted`, within the bounds of `metadata`."""
+  name = getattr(wanted, '__name__', str(wanted))
+  if isinstance(wanted, types.UnionType):  # Always `something | None`.
+    if value is None:
+      return None
+    wanted = typing.get_args(wanted)[0]
+  if typing.get_origin(wanted) is tuple:
+    if not isinstance(value, (tuple, list)):
+      raise errors.UserError(f'{key}: wanted a tuple, found {value!r}')
+    item = typing.get_args(wanted)[0]
+    return tuple(_check(key, item, {}, v) for v in value)
+  if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if not isinstance(value, wanted) or (
+    isinstance(value, bool) and wanted is not bool
+  ):
+    raise errors.UserError(f'{key}: wanted {name}, found {value!r}')
+  for bound, holds, words in (
+    ('at_least', lambda v, b: v >= b, 'at least'),
+    ('at_most', lambda v, b: v <= b, 'at most'),
+    ('above', lambda v, b: v > b, 'more than'),
+  ):
+    limit = metadata.get(bound)
+    if limit is not None and not holds(value, limit):
+      raise errors.UserError(f'{key}: wanted {words} {limit}, found {value}')
+  choices = metadata.get('choices')
+  if choices and value not in choices:
+    raise errors.UserError(
+      f'{key}: wanted one of {", ".join(choices)}, found {value!r}'
+    )
+  return value

@@ -1,0 +1,80 @@
+"""Where arrays live: one mesh, one rule table.
+
+Mesh axes: `data` replicates parameters, `fsdp` shards them; a batch is split
+over both.
+"""
+
+from typing import TypeVar
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import numpy as np
+
+from focusformer_jax import errors, layers
+
+Tree = TypeVar('Tree')
+
+# The first rule whose dimension a parameter has, and whose mesh axis divides
+# it, shards that parameter; the others stay whole.
+RULES = (('mlp', 'fsdp'), ('embed', 'fsdp'), ('heads', 'fsdp'))
+
+BATCH = PartitionSpec(('data', 'fsdp'))
+
+
+def make_mesh(data: int, fsdp: int, devices=None) -> jax.sharding.Mesh:
+  """A mesh of `data` x `fsdp` devices; data=-1 takes all that are there.
+
+  Raises:
+    UserError: the shape does not fit the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  if data == -1 and count % fsdp == 0:
+    data = count // fsdp
+  if data * fsdp != count:
+    raise errors.UserError(
+      f'config.mesh: wanted data * fsdp to be the {count} devices of this '
+      f'machine, found data={data}, fsdp={fsdp}'
+    )
+  return jax.make_mesh(
+    (data, fsdp),
+    ('data', 'fsdp'),
+    axis_types=(AxisType.Auto, AxisType.Auto),
+    devices=devices,
+  )
+
+
+def _spec(param, mesh: jax.sharding.Mesh) -> PartitionSpec:
+  """The sharding of one parameter by the rule table."""
+  axes = getattr(param, 'axes', ())
+  stacked = param.ndim - len(axes)
+  for dimension, mesh_axis in RULES:
+    if mesh.shape[mesh_axis] > 1 and dimension in axes:
+      i = stacked + axes.index(dimension)
+      if param.shape[i] % mesh.shape[mesh_axis] == 0:
+        return PartitionSpec(*[None] * i, mesh_axis)
+  return PartitionSpec()
+
+
+def shardings(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
+  """The sharding of every leaf of a tree of parameters and plain arrays.
+
+  Optimizer moments are parameters too and follow the same rules.
+  """
+
+  def place(node):
+    sharding = NamedSharding(mesh, _spec(node, mesh))
+    return jax.tree.map(lambda _: sharding, node)
+
+  return jax.tree.map(place, tree, is_leaf=layers.is_param)
+
+
+def put_batch(mesh: jax.sharding.Mesh, batch: Tree) -> Tree:
+  """Arrays over the whole mesh from this process's part of a batch."""
+  sharding = NamedSharding(mesh, BATCH)
+  return jax.tree.map(
+    lambda array: jax.make_array_from_process_local_data(
+      sharding, np.asarray(array)
+    ),
+    dict(batch),
+  )

@@ -1,0 +1,304 @@
+"""The search space: which subnets a supernet holds, and how one is named.
+
+Letters: `L` layers of the supernet.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+import numpy as np
+
+
+class Architecture(NamedTuple):
+  """One point of a space: an array pytree of choice indices.
+
+  Every index points into the choices of the same name of a `SearchSpace`.
+  A leading axis makes it a batch of architectures; it can be traced.
+  Layers from the depth on are dead: their entries are 0 and mean nothing.
+  """
+
+  depth: Int[Array, '*A']
+  embed_dim: Int[Array, '*A']
+  num_heads: Int[Array, '*A L']
+  mlp_ratio: Int[Array, '*A L']
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+  """What surrounds a space: the images that go in, the classes that come out.
+
+  `max_relative_position` clips the distance, in patches along one axis, that
+  attention tells apart (the reference's m).
+
+  Raises:
+    ValueError: the patch does not divide the image, or a size is not positive.
+  """
+
+  image_size: int
+  patch_size: int
+  channels: int
+  num_classes: int
+  max_relative_position: int = 14
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if value < 1:
+        raise ValueError(f'{field.name}: wanted at least 1, found {value}')
+    if self.image_size % self.patch_size:
+      raise ValueError(
+        f'patch_size: wanted a divisor of image_size={self.image_size}, '
+        f'found {self.patch_size}'
+      )
+
+  @property
+  def grid(self) -> int:
+    """Patches along one side of the image."""
+    return self.image_size // self.patch_size
+
+  @property
+  def num_patches(self) -> int:
+    return self.grid**2
+
+  @property
+  def num_tokens(self) -> int:
+    """Patches and the class token."""
+    return self.num_patches + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSpace:
+  """The choices; a supernet has the largest of each.
+
+  Args:
+    embed_dim: token widths; one for the whole subnet.
+    depth: numbers of layers; the first ones live.
+    num_heads: attention heads, chosen per layer.
+    mlp_ratio: MLP width over token width, chosen per layer.
+    head_dim: channels of one attention head, the same everywhere.
+
+  Raises:
+    ValueError: choices that are empty, not positive or do not ascend.
+  """
+
+  embed_dim: tuple[int, ...]
+  depth: tuple[int, ...]
+  num_heads: tuple[int, ...]
+  mlp_ratio: tuple[float, ...]
+  head_dim: int = 64
+
+  def __post_init__(self):
+    for name in Architecture._fields:
+      choices = getattr(self, name)
+      if not choices or list(choices) != sorted(set(choices)):
+        raise ValueError(f'{name}: wanted ascending choices, found {choices}')
+      if choices[0] <= 0:
+        raise ValueError(f'{name}: wanted positive choices, found {choices}')
+      if name != 'mlp_ratio' and any(c != int(c) for c in choices):
+        raise ValueError(f'{name}: wanted whole numbers, found {choices}')
+    if self.head_dim < 1:
+      raise ValueError(f'head_dim: wanted at least 1, found {self.head_dim}')
+
+  @property
+  def num_layers(self) -> int:
+    """Layers of the supernet."""
+    return self.depth[-1]
+
+  def mlp_dim(self, embed_dim: int, mlp_ratio: float) -> int:
+    """Hidden features of an MLP, rounded down as in the reference."""
+    return int(embed_dim * mlp_ratio)
+
+  @property
+  def mlp_dims(self) -> np.ndarray:
+    """Hidden features for every pair of choices, int32[embed, ratio]."""
+    return np.array(
+      [[self.mlp_dim(e, r) for r in self.mlp_ratio] for e in self.embed_dim],
+      np.int32,
+    )
+
+  @property
+  def num_architectures(self) -> int:
+    """How many different subnets the space holds."""
+    per_layer = len(self.num_heads) * len(self.mlp_ratio)
+    return len(self.embed_dim) * sum(per_layer**d for d in self.depth)
+
+  def _corner(self, depth: int, embed_dim: int, heads: int, ratio: int):
+    layers = np.arange(self.num_layers) < self.depth[depth]
+    return Architecture(
+      np.int32(depth % len(self.depth)),
+      np.int32(embed_dim % len(self.embed_dim)),
+      np.where(layers, heads % len(self.num_heads), 0).astype(np.int32),
+      np.where(layers, ratio % len(self.mlp_ratio), 0).astype(np.int32),
+    )
+
+  def smallest(self) -> Architecture:
+    return self._corner(0, 0, 0, 0)
+
+  def largest(self) -> Architecture:
+    return self._corner(-1, -1, -1, -1)
+
+  def middle(self) -> Architecture:
+    """The middle choice of every dimension, the upper one of two."""
+    return self._corner(
+      *(len(getattr(self, name)) // 2 for name in Architecture._fields)
+    )
+
+  def corners(self) -> list[Architecture]:
+    """The 16 combinations of extreme choices, all layers alike."""
+    ends = np.stack(np.meshgrid(*[[0, -1]] * 4, indexing='ij'), -1)
+    return [self._corner(*map(int, end)) for end in ends.reshape(-1, 4)]
+
+  def canonical(self, arch: Architecture) -> Architecture:
+    """The same subnet with zeros at its dead layers; `arch` may be traced."""
+    depth = jnp.asarray(self.depth)[arch.depth]
+    live = jnp.arange(self.num_layers) < depth[..., None]
+    return arch._replace(
+      num_heads=jnp.where(live, arch.num_heads, 0),
+      mlp_ratio=jnp.where(live, arch.mlp_ratio, 0),
+    )
+
+  def uniform(self, key: jax.Array) -> Architecture:
+    """Draws every choice uniformly and independently, as AutoFormer does.
+
+    Costs of such draws pile up in the middle of the range; see
+    `policy.uniform_within` for draws that are uniform over architectures.
+    """
+    shapes = Architecture((), (), (self.num_layers,), (self.num_layers,))
+    draws = [
+      jax.random.randint(k, shape, 0, len(getattr(self, name)))
+      for k, shape, name in zip(
+        jax.random.split(key, 4), shapes, Architecture._fields, strict=True
+      )
+    ]
+    return self.canonical(Architecture(*draws))
+
+  def to_json(self, arch: Architecture) -> dict[str, Any]:
+    """The chosen values, lists as long as the subnet is deep."""
+    depth = self.depth[int(arch.depth)]
+    return {
+      'depth': depth,
+      'embed_dim': self.embed_dim[int(arch.embed_dim)],
+      'num_heads': [self.num_heads[int(i)] for i in arch.num_heads[:depth]],
+      'mlp_ratio': [self.mlp_ratio[int(i)] for i in arch.mlp_ratio[:depth]],
+    }
+
+  def from_json(self, values: dict[str, Any]) -> Architecture:
+    """The inverse of `to_json`.
+
+    Raises:
+      ValueError: a key is missing or unknown, a value is not a choice of this
+        space, or a list is not as long as the subnet is deep.
+    """
+    if not isinstance(values, dict) or set(values) != set(Architecture._fields):
+      found = sorted(values) if isinstance(values, dict) else values
+      raise ValueError(
+        f'architecture: wanted keys {list(Architecture._fields)}, found {found}'
+      )
+
+    def index(name: str, value: Any) -> int:
+      choices = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f'{name}: wanted a number, found {value!r}')
+      if value not in choices:
+        raise ValueError(f'{name}: wanted one of {choices}, found {value}')
+      return choices.index(value)
+
+    depth = index('depth', values['depth'])
+
+    def indices(name: str) -> np.ndarray:
+      chosen = values[name]
+      wanted = self.depth[depth]
+      if not isinstance(chosen, (list, tuple)) or len(chosen) != wanted:
+        raise ValueError(
+          f'{name}: wanted a list of {wanted} values, one a layer, '
+          f'found {chosen!r}'
+        )
+      padding = [0] * (self.num_layers - wanted)
+      return np.array([index(name, c) for c in chosen] + padding, np.int32)
+
+    return Architecture(
+      np.int32(depth),
+      np.int32(index('embed_dim', values['embed_dim'])),
+      indices('num_heads'),
+      indices('mlp_ratio'),
+    )
+
+  def describe(self, arch: Architecture) -> str:
+    """One line for tables and logs."""
+    values = self.to_json(arch)
+    heads = ' '.join(str(h) for h in values['num_heads'])
+    ratios = ' '.join(f'{r:g}' for r in values['mlp_ratio'])
+    return (
+      f'depth {values["depth"]}, embed {values["embed_dim"]}, '
+      f'heads {heads}, ratio {ratios}'
+    )
+
+
+def stack(archs: list[Architecture]) -> Architecture:
+  """A batch of architectures out of single ones."""
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *archs)
+
+
+def unstack(archs: Architecture) -> list[Architecture]:
+  """Single architectures, on the host, out of a batch."""
+  archs = jax.tree.map(np.asarray, archs)
+  return [
+    jax.tree.map(lambda leaf: leaf[i], archs)  # noqa: B023 (used at once)
+    for i in range(len(archs.depth))
+  ]
+
+
+# AutoFormer's spaces, as in its paper (arXiv 2107.00651, table 1), for images
+# of 224 pixels in patches of 16.
+TINY = SearchSpace(
+  embed_dim=(192, 216, 240),
+  depth=(12, 13, 14),
+  num_heads=(3, 4),
+  mlp_ratio=(3.0, 3.5, 4.0),
+)
+SMALL = SearchSpace(
+  embed_dim=(320, 384, 448),
+  depth=(12, 13, 14),
+  num_heads=(5, 6, 7),
+  mlp_ratio=(3.0, 3.5, 4.0),
+)
+BASE = SearchSpace(
+  embed_dim=(528, 576, 624),
+  depth=(14, 15, 16),
+  num_heads=(8, 9, 10),
+  mlp_ratio=(3.0, 3.5, 4.0),
+)
+
+# Spaces of our own for small images, wide enough that subnets really differ.
+PIXELS8 = SearchSpace(
+  embed_dim=(16, 32, 48, 64),
+  depth=(1, 2, 3, 4),
+  num_heads=(1, 2, 3, 4),
+  mlp_ratio=(1.0, 2.0, 3.0, 4.0),
+  head_dim=16,
+)
+PIXELS28 = SearchSpace(
+  embed_dim=(32, 48, 64, 96),
+  depth=(2, 3, 4, 5, 6),
+  num_heads=(1, 2, 3, 4),
+  mlp_ratio=(1.0, 2.0, 3.0, 4.0),
+  head_dim=24,
+)
+PIXELS32 = SearchSpace(
+  embed_dim=(96, 144, 192, 240),
+  depth=(6, 8, 10, 12, 14),
+  num_heads=(2, 3, 4),
+  mlp_ratio=(2.0, 3.0, 4.0),
+)
+
+NAMED = {
+  'tiny': TINY,
+  'small': SMALL,
+  'base': BASE,
+  'pixels8': PIXELS8,
+  'pixels28': PIXELS28,
+  'pixels32': PIXELS32,
+}

@@ -1,0 +1,49 @@
+"""What training changes, and the keys it draws from."""
+
+import enum
+
+import flax
+import jax
+import optax
+
+from focusformer_jax import policy as policy_lib
+from focusformer_jax import supernet as supernet_lib
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything a step reads and writes.
+
+  Args:
+    step: supernet updates done, int32.
+    supernet: weights of all subnets.
+    optimizer: state of the supernet's optimizer.
+    policy: weights of the sampler.
+    policy_optimizer: state of the sampler's optimizer.
+    trained: how often each choice was trained so far, in the form of the
+      policy's weights; float32 counts of subnets.
+  """
+
+  step: jax.Array
+  supernet: supernet_lib.Supernet
+  optimizer: optax.OptState
+  policy: policy_lib.Policy
+  policy_optimizer: optax.OptState
+  trained: policy_lib.LogWeights
+
+
+class Stream(enum.IntEnum):
+  """Named random streams: a key is (seed, stream, step), never threaded."""
+
+  INIT = 0
+  CURRICULUM = 1
+  DROP_PATH = 2
+  AUGMENT = 3
+  SAMPLER = 4
+  SEARCH = 5
+
+
+def stream_key(seed: int, stream: Stream, step: int | jax.Array) -> jax.Array:
+  """The same key for the same step, also after a crash."""
+  root = jax.random.fold_in(jax.random.key(seed), int(stream))
+  return jax.random.fold_in(root, step)

@@ -1,0 +1,230 @@
+"""The supernet: every subnet of a space in one set of parameters.
+
+A subnet uses the first E features, the first H heads, the first int(E * ratio)
+MLP features of each of the first d layers. Two ways to run it:
+
+`masked` computes with all parameters and cancels what the subnet lacks with
+prefix masks. The architecture may differ from group to group of a batch, at
+the cost of the largest subnet.
+
+`switched` computes with the live slices alone: a step costs what its subnet
+costs, in one compiled program with a branch for each choice.
+
+Letters: `B` batch, `N` tokens, `D` width, `C` classes, `L` layers, `S`
+architectures of one batch.
+"""
+
+import functools
+from typing import Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from focusformer_jax import layers
+from focusformer_jax import space as space_lib
+
+EXECUTIONS = ('masked', 'switched')
+
+
+class Supernet(nnx.Module):
+  """Stem, stacked blocks and head in their largest sizes.
+
+  Args:
+    space: the choices.
+    geometry: images and classes.
+    pool: 'mean' over patches, or 'cls'.
+    drop_path: probability that the last layer's branches are dropped for an
+      example; layer i of L drops with probability linspace(0, drop_path, L)[i].
+    dtype: of the computation; parameters stay float32.
+    execution: 'masked' or 'switched'.
+    rngs: seeds of the initial parameters.
+  """
+
+  def __init__(
+    self,
+    space: space_lib.SearchSpace,
+    geometry: space_lib.Geometry,
+    *,
+    pool: Literal['mean', 'cls'] = 'mean',
+    drop_path: float = 0.0,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    execution: str = 'masked',
+    rngs: nnx.Rngs,
+  ):
+    self.space = space
+    self.drop_path = drop_path
+    self.dtype = jnp.dtype(dtype)
+    self.execution = execution
+    embed_dim = space.embed_dim[-1]
+    self.stem = layers.Stem(
+      embed_dim,
+      geometry.grid,
+      geometry.patch_size,
+      geometry.channels,
+      rngs=rngs,
+    )
+
+    @nnx.vmap
+    def blocks(rngs: nnx.Rngs) -> layers.Block:
+      return layers.Block(
+        embed_dim,
+        space.num_heads[-1],
+        int(space.mlp_dims.max()),
+        space.head_dim,
+        geometry.grid,
+        geometry.max_relative_position,
+        rngs=rngs,
+      )
+
+    self.blocks = blocks(rngs.split(space.num_layers))
+    self.head = layers.Head(embed_dim, geometry.num_classes, pool, rngs=rngs)
+
+  def __call__(
+    self,
+    images_BHWC: Float[Array, 'B height width C'],
+    arch: space_lib.Architecture,
+    key: jax.Array | None = None,
+  ) -> Float[Array, 'B C']:
+    """Logits of the subnet `arch`, which may be traced.
+
+    Args:
+      images_BHWC: normalised images.
+      arch: one architecture.
+      key: seeds drop path; None switches it off, as in evaluation.
+    """
+    x_BND = self.stem(images_BHWC.astype(self.dtype))
+    depth = jnp.asarray(self.space.depth)[arch.depth]
+    scanned = (
+      self.blocks,
+      jnp.arange(self.space.num_layers) < depth,
+      arch.num_heads,
+      arch.mlp_ratio,
+      self._keep_branches(key, len(images_BHWC)),
+    )
+    run = {'masked': self._masked, 'switched': self._switched}[self.execution]
+    return run(x_BND, arch.embed_dim, scanned)
+
+  def grouped(
+    self,
+    images_BHWC: Float[Array, 'B height width C'],
+    archs: space_lib.Architecture,
+    key: jax.Array | None = None,
+  ) -> Float[Array, 'B C']:
+    """Logits of S subnets, each on its own share of the batch.
+
+    Example i belongs to subnet i % S, so that a batch sharded over devices
+    gives every device its part of each group. S must divide B.
+    """
+    S = archs.depth.shape[0]
+    B = len(images_BHWC)
+    groups = images_BHWC.reshape(B // S, S, *images_BHWC.shape[1:])
+    if self.execution == 'masked':
+      keys = None if key is None else jax.random.split(key, S)
+      logits = jax.vmap(
+        type(self).__call__, (None, 1, 0, None if key is None else 0), 1
+      )(self, groups, archs, keys)
+    else:
+      # Under `vmap` a switch runs every branch, so the groups take turns.
+      keys = jax.random.split(jax.random.key(0) if key is None else key, S)
+      logits = jax.lax.map(
+        lambda group: self(
+          group[0], group[1], None if key is None else group[2]
+        ),
+        (groups.swapaxes(0, 1), archs, keys),
+      ).swapaxes(0, 1)
+    return logits.reshape(B, -1)
+
+  def _keep_branches(self, key, batch) -> Float[Array, 'L 2 B 1 1'] | None:
+    """What each residual branch of each example is multiplied by."""
+    if key is None or self.drop_path == 0:
+      return None
+    L = self.space.num_layers
+    keep_L = 1 - jnp.linspace(0, self.drop_path, L)
+    keep = keep_L[:, None, None, None, None]
+    kept = jax.random.bernoulli(key, keep, (L, 2, batch, 1, 1))
+    return (kept / keep).astype(self.dtype)
+
+  def _masked(self, x_BND, embed, scanned):
+    width = jnp.asarray(self.space.embed_dim)[embed]
+    mask_D = layers.prefix_mask(width, x_BND.shape[-1])
+    heads = jnp.asarray(self.space.num_heads)
+    mlp_dims = jnp.asarray(self.space.mlp_dims)
+
+    def layer(x, scanned):
+      block, alive, h, r, keep = scanned
+      scale = alive.astype(x.dtype) * (
+        jnp.ones((2, 1, 1, 1), x.dtype) if keep is None else keep
+      )
+      x = x + scale[0] * block.attend(x, mask_D, heads[h])
+      x = x + scale[1] * block.transform(x, mask_D, mlp_dims[embed, r])
+      return x, None
+
+    x_BND, _ = jax.lax.scan(jax.checkpoint(layer), x_BND, scanned)
+    return self.head(x_BND, mask_D)
+
+  def _switched(self, x_BND, embed, scanned):
+    def subnet(e, x_BND):
+      width = self.space.embed_dim[e]
+
+      def branch(method, sizes):
+        """One choice of one half layer, as a function of (block, x)."""
+
+        def run(block, x):
+          return method(layers.take(block, {'embed': width} | sizes), x)
+
+        return run
+
+      def dead(block, x):
+        return jnp.zeros_like(x)
+
+      attends = [dead] + [
+        branch(layers.Block.attend, {'heads': h}) for h in self.space.num_heads
+      ]
+      transforms = [dead] + [
+        branch(layers.Block.transform, {'mlp': int(f)})
+        for f in self.space.mlp_dims[e]
+      ]
+
+      def layer(x, scanned):
+        block, alive, h, r, keep = scanned
+        one = jnp.ones((2, 1, 1, 1), x.dtype)
+        scale = one if keep is None else keep
+        alive = alive.astype(jnp.int32)
+        x = x + scale[0] * jax.lax.switch(alive * (h + 1), attends, block, x)
+        x = x + scale[1] * jax.lax.switch(alive * (r + 1), transforms, block, x)
+        return x, None
+
+      x_BND, _ = jax.lax.scan(
+        jax.checkpoint(layer), x_BND[..., :width], scanned
+      )
+      return layers.take(self.head, {'embed': width})(x_BND)
+
+    choices = range(len(self.space.embed_dim))
+    return jax.lax.switch(
+      embed, [functools.partial(subnet, e) for e in choices], x_BND
+    )
+
+
+def sizes(
+  space: space_lib.SearchSpace, arch: space_lib.Architecture
+) -> tuple[int, list[dict[str, int]]]:
+  """Width of a concrete subnet and, per live layer, the sizes for `take`."""
+  e = int(arch.embed_dim)
+  width = space.embed_dim[e]
+  depth = space.depth[int(arch.depth)]
+  per_layer = [
+    {
+      'embed': width,
+      'heads': space.num_heads[int(h)],
+      'mlp': int(space.mlp_dims[e, int(r)]),
+    }
+    for h, r in zip(
+      np.asarray(arch.num_heads)[:depth],
+      np.asarray(arch.mlp_ratio)[:depth],
+      strict=True,
+    )
+  ]
+  return width, per_layer

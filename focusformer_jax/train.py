@@ -1,0 +1,215 @@
+"""Training of supernet and sampler: the loop, in paragraphs."""
+
+import functools
+import signal
+import threading
+
+from absl import logging
+from clu import metric_writers, parameter_overview, periodic_actions
+from etils import epath
+import jax
+import numpy as np
+
+from focusformer_jax import (
+  checkpoint,
+  curriculum,
+  data,
+  errors,
+  evaluate,
+  sharding,
+  steps,
+)
+from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import state as state_lib
+
+CHECKPOINTS = 'checkpoints'
+
+
+class Preempted(Exception):
+  """SIGTERM came; everything is saved."""
+
+
+def open_checkpoints(
+  experiment: experiment_lib.Experiment, workdir: epath.Path
+) -> checkpoint.Checkpoints:
+  return checkpoint.Checkpoints(
+    workdir / CHECKPOINTS,
+    experiment.facts(),
+    experiment.settings.train.keep_checkpoints,
+  )
+
+
+def is_finished(
+  experiment: experiment_lib.Experiment, workdir: epath.Path
+) -> bool:
+  """Whether the last step's checkpoint is there."""
+  if not (workdir / CHECKPOINTS).exists():
+    return False
+  checkpoints = open_checkpoints(experiment, workdir)
+  latest = checkpoints.latest_step
+  checkpoints.close()
+  return latest is not None and latest >= experiment.settings.train.steps
+
+
+def train(
+  experiment: experiment_lib.Experiment,
+  evaluator: evaluate.Evaluator,
+  workdir: epath.Path,
+) -> state_lib.TrainState:
+  """Trains to the last step, resuming from the newest checkpoint if there is.
+
+  Raises:
+    UserError: the checkpoint is of another run, or too many updates in a row
+      were not finite.
+    Preempted: SIGTERM came; a checkpoint is written.
+  """
+  settings = experiment.settings
+  process = jax.process_index(), jax.process_count()
+
+  # Data: the supernet learns from one part of train, the sampler from another.
+  train_source = experiment.dataset.split('train')
+  heldout_source = experiment.dataset.split('heldout')
+  iterators = {
+    'train': data.train_batches(
+      train_source, settings.data.batch_size, settings.seed, *process
+    ),
+    'heldout': data.train_batches(
+      heldout_source, settings.sampler.batch_size, settings.seed, *process
+    ),
+  }
+
+  # State: the newest checkpoint if there is one, else born sharded.
+  checkpoints = open_checkpoints(experiment, workdir)
+  if checkpoints.latest_step is None:
+    state = experiment.init_state()
+    logging.info('a new run in %s', workdir)
+  else:
+    state = checkpoints.restore(experiment.abstract_state, iterators)
+    logging.info('resuming %s at step %d', workdir, int(state.step))
+  first = int(state.step)
+  if first == 0:
+    parameter_overview.log_parameter_overview(
+      _values(state.supernet), include_stats=False, msg='supernet'
+    )
+    parameter_overview.log_parameter_overview(
+      _values(state.policy), include_stats=False, msg='sampler'
+    )
+
+  # Steps: two programs that own the state; the evaluator's only look at it.
+  supernet_step = jax.jit(
+    functools.partial(steps.supernet_step, experiment), donate_argnums=0
+  )
+  sampler_step = jax.jit(
+    functools.partial(steps.sampler_step, experiment), donate_argnums=0
+  )
+
+  # The loop. A checkpoint is taken before the next batch is.
+  total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
+  writer = metric_writers.create_default_writer(
+    workdir / 'metrics', just_logging=jax.process_index() != 0
+  )
+  progress = periodic_actions.ReportProgress(
+    num_train_steps=total, writer=writer, every_secs=10
+  )
+  pending = []
+  with _SigtermFlag() as preempted, metric_writers.ensure_flushes(writer):
+    for step in range(first + 1, total + 1):
+      batch = sharding.put_batch(experiment.mesh, next(iterators['train']))
+      state, metrics = supernet_step(state, batch)
+      if step > warmup and step % settings.sampler.every == 0:
+        batch = sharding.put_batch(experiment.mesh, next(iterators['heldout']))
+        state, sampled = sampler_step(state, batch)
+        metrics |= sampled
+      pending.append(metrics)
+      progress(step)
+
+      if step % settings.train.log_every == 0 or step == total:
+        means = _means(pending)
+        _stop_if_broken(means, step, settings.train.max_skipped, checkpoints)
+        writer.write_scalars(step, means)
+        pending = []
+      if step % settings.train.eval_every == 0 or step == total:
+        writer.write_scalars(
+          step, _look(experiment, evaluator, state, heldout_source)
+        )
+      if (
+        step % settings.train.checkpoint_every == 0
+        or step == total
+        or preempted.is_set()
+      ):
+        checkpoints.save(step, state, iterators)
+        # Donation frees the state's buffers, so the copy must be done.
+        checkpoints.wait()
+      if preempted.is_set():
+        checkpoints.close()
+        raise Preempted(f'stopped by SIGTERM at step {step}; saved')
+  checkpoints.close()
+  return state
+
+
+def _values(module) -> dict:
+  """Parameters by name, for the overview."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(module)
+  return {
+    jax.tree_util.keystr(path[:-1], simple=True, separator='.'): leaf
+    for path, leaf in leaves
+  }
+
+
+def _means(pending: list[steps.Metrics]) -> dict[str, float]:
+  """Means of each metric over the steps that have it."""
+  values = jax.device_get(pending)
+  return {
+    name: float(np.mean([v[name] for v in values if name in v]))
+    for name in sorted(set().union(*values))
+  } | {'train/skipped_in_a_row': float(values[-1]['train/skipped_in_a_row'])}
+
+
+def _stop_if_broken(means, step, limit, checkpoints):
+  skipped = int(means['train/skipped_in_a_row'])
+  if skipped >= limit:
+    raise errors.UserError(
+      f'step {step}: the last {skipped} updates were not finite and were '
+      f'skipped; lower config.optimizer.learning_rate (the last checkpoint is '
+      f'at step {checkpoints.latest_step})'
+    )
+
+
+class _SigtermFlag:
+  """Turns SIGTERM into an event that the loop looks at between steps."""
+
+  def __enter__(self) -> threading.Event:
+    event = threading.Event()
+    self._before = None
+    if threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(
+        signal.SIGTERM, lambda number, frame: event.set()
+      )
+    return event
+
+  def __exit__(self, *exception):
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+
+def _look(
+  experiment: experiment_lib.Experiment,
+  evaluator: evaluate.Evaluator,
+  state: state_lib.TrainState,
+  heldout: data.Source,
+) -> dict[str, float]:
+  """Held-out scores of each budget's proposal, and how sure the sampler is."""
+  table, budgets = experiment.budgets.table, experiment.search_budgets
+  proposals = evaluator.propose(state.policy, budgets)
+  scores = evaluator.score(state.supernet, [p.arch for p in proposals], heldout)
+  metrics = {}
+  for budget, proposal, score in zip(budgets, proposals, scores, strict=True):
+    name = f'budget_{budget}'
+    metrics |= {
+      f'{name}/heldout_loss': score.loss,
+      f'{name}/heldout_accuracy': score.accuracy,
+      f'{name}/entropy': float(proposal.entropy),
+      f'{name}/mass_within_1%': float(proposal.mass_near),
+      f'{name}/cost': float(table.of(proposal.arch)),
+    }
+  return metrics

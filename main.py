@@ -1,0 +1,60 @@
+"""Trains a supernet with its architecture sampler, and searches with them.
+
+python main.py --config=configs/cifar100.py --workdir=/tmp/ff
+"""
+
+import logging as python_logging
+import sys
+
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from focusformer_jax import errors, run, settings, train
+
+CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The configuration, such as configs/digits.py.'
+)
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where checkpoints and results go; may be a bucket.'
+)
+MODE = flags.DEFINE_enum(
+  'mode', 'run', run.MODES, 'One stage, or all that are not done yet.'
+)
+
+
+def _parse_flags(argv):
+  """Flags, or one line for a key that the config does not have."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError) as error:
+    sys.exit(f'error: --config: no such key: {errors.first_line(error)}')
+
+
+def _log_our_lines_only():
+  """Information from this project and clu; from other libraries, warnings."""
+  ours = ('focusformer_jax', 'clu')
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(
+    lambda record: (
+      record.levelno > python_logging.INFO
+      or any(f'/{name}/' in record.pathname for name in ours)
+    )
+  )
+
+
+def main(argv):
+  if len(argv) > 1:
+    sys.exit(f'error: wanted flags alone, found {argv[1]}')
+  _log_our_lines_only()
+  try:
+    run.run(settings.parse(CONFIG.value), epath.Path(WORKDIR.value), MODE.value)
+  except errors.UserError as error:
+    sys.exit(f'error: {error}')
+  except train.Preempted as stop:
+    logging.info('%s', stop)
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir'])
+  app.run(main, flags_parser=_parse_flags)
