@@ -32,9 +32,13 @@ WANTED = {
 }
 
 
+def read_json(path):
+  return json.loads(pathlib.Path(path).read_text())
+
+
 def load(prefix: str, execution: str):
   """The supernet of a case, its subnets, and the case's arrays."""
-  case = json.loads(pathlib.Path(f'{prefix}.json').read_text())
+  case = read_json(f'{prefix}.json')
   for flag, value in WANTED.items():
     if case.get(flag, value) != value:
       raise SystemExit(f'{prefix}: wanted {flag}={value}, found {case[flag]}')

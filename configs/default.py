@@ -133,3 +133,15 @@ def get_config() -> ml_collections.ConfigDict:
   # Devices that share them out.
   c.mesh.fsdp = 1
   return c
+
+
+def shorten(c: ml_collections.ConfigDict) -> None:
+  """Cuts a job down to a few steps, for tests."""
+  c.train.steps = 8
+  c.train.log_every = 2
+  c.train.eval_every = 8
+  c.train.checkpoint_every = 4
+  c.optimizer.warmup_steps = 2
+  c.sampler.every = 1
+  c.sampler.subnets = 4
+  c.search.random = 4

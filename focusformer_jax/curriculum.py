@@ -19,15 +19,6 @@ Draw = Callable[
 ]
 
 
-def draw_position(key: jax.Array, budgets: policy_lib.Budgets, how: str):
-  """A random budget in the table's units: uniform in its log, or linearly."""
-  position = jax.random.uniform(key)
-  if how == 'log':
-    return budgets.denormalise(position)
-  low, high = budgets.range
-  return jnp.floor(low + position * (high - low)).astype(jnp.int32)
-
-
 def warmup_steps(settings: settings_lib.Settings) -> int:
   """Steps before the sampler is trained and asked."""
   if settings.curriculum.name == 'uniform':
@@ -57,7 +48,7 @@ def make(
 
   def focus_one(key, step, policy):
     budget_key, explore_key, draw_key = jax.random.split(key, 3)
-    budget = draw_position(budget_key, budgets, settings.sampler.budgets)
+    budget = budgets.draw(budget_key, settings.sampler.budgets)
     explore = jax.random.uniform(explore_key) < epsilon
     weights = _select(
       step < warmup,

@@ -1,20 +1,27 @@
 """The architecture sampler: budget in, distribution over subnets out.
 
 A factorised categorical policy, conditioned exactly on cost <= budget. All
-costs are additive (see `cost.py`), so the normaliser over the architectures
-within a budget is a sum that dynamic programming computes layer by layer:
+costs are additive (see `cost.py`), so the weight of all architectures within a
+budget is a sum that dynamic programming computes layer by layer. With b(e,h)
+and b(e,r) the cost of a choice in whole bins, the weight of spending exactly g
+bins in the first l layers of width e is
 
-    Z(d, g) = 1 for g >= 0, else 0
-    Z(l, g) = sum_h p_l(h) sum_r p_l(r) Z(l+1, g - b(e,h) - b(e,r))
+    F(0, g) = 1 for g = 0, else 0
+    F(l+1, g) = sum_h p_l(h) sum_r p_l(r) F(l, g - b(e,h) - b(e,r))
 
-with b the cost of a choice in whole bins and g the bins left. Drawing depth
-and width in proportion to p(d) p(e) Z(0, G), then each layer in proportion to
-what Z leaves, draws exactly from the policy given the budget, and
+and with G(d,e) the bins that a budget leaves to depth d and width e,
 
-    log p(a | cost <= budget) = log p(a) - log sum_{d,e} p(d) p(e) Z(0, G).
+    p(cost <= budget) = sum_{d,e} p(d) p(e) sum_{g <= G(d,e)} F(d, g).
+
+Drawing depth and width in proportion to that sum's terms, then the bins spent,
+then each layer from the last to the first in proportion to what F leaves,
+draws exactly from the policy given the budget, and
+
+    log p(a | cost <= budget) = log p(a) - log p(cost <= budget).
 
 The maximum in place of the sums (Viterbi) gives the most probable architecture
-within a budget. Uniform weights draw uniformly among all of them.
+within a budget. Uniform weights draw uniformly among all of them. One
+recursion serves every depth, since layers are dropped from the end.
 
 The network, the recursion and the learning rule are this project's own; the
 FocusFormer paper (arXiv 2208.10861) describes its sampler in words alone.
@@ -153,14 +160,15 @@ class Budgets:
     )
     binned = [-(-half // bin_E[:, None]) for half in excess]
     span_E = layers[-1] * sum(half.max(axis=1) for half in binned)
-    set_field = lambda name, value: object.__setattr__(self, name, value)
-    set_field(
-      'base_DE', (stem_E + layers[:, None] * cheapest_E).astype(np.int32)
-    )
-    set_field('bin_E', bin_E.astype(np.int32))
-    set_field('attention_EH', binned[0].astype(np.int32))
-    set_field('mlp_ER', binned[1].astype(np.int32))
-    set_field('num_bins', int(span_E.max()))
+    arrays = {
+      'base_DE': stem_E + layers[:, None] * cheapest_E,
+      'bin_E': bin_E,
+      'attention_EH': binned[0],
+      'mlp_ER': binned[1],
+    }
+    for name, array in arrays.items():
+      object.__setattr__(self, name, array.astype(np.int32))
+    object.__setattr__(self, 'num_bins', int(span_E.max()))
 
   def bins_left(self, budget: Int[Array, '']) -> Int[Array, 'D E']:
     """Bins beyond the cheapest subnet of each depth and width; -1 for none."""
@@ -183,8 +191,19 @@ class Budgets:
   def denormalise(self, position: Float[Array, '']) -> Int[Array, '']:
     """The inverse of `normalise`: a budget in the table's units."""
     low, high = self.range
-    budget = low * jnp.exp(position * np.log(high / low))
-    return jnp.clip(jnp.floor(budget), low, high).astype(jnp.int32)
+    return self._whole(low * jnp.exp(position * np.log(high / low)))
+
+  def draw(self, key: jax.Array, how: str) -> Int[Array, '']:
+    """A random budget, uniform over the range ('linear') or its 'log'."""
+    position = jax.random.uniform(key)
+    if how == 'log':
+      return self.denormalise(position)
+    low, high = self.range
+    return self._whole(low + position * (high - low))
+
+  def _whole(self, budget: Float[Array, '']) -> Int[Array, '']:
+    # Clipped as integers: a float32 would round the ends of the range away.
+    return jnp.clip(budget.astype(jnp.int32), *self.range)
 
 
 def _bin_width(
@@ -198,39 +217,41 @@ def _bin_width(
     return exact
 
   def bins(width):
-    return -(-excess // width)
+    return -(-attention_H // width), -(-mlp_R // width)
+
+  def fits(width):
+    return layers * sum(half.max() for half in bins(width)) <= max_bins
+
+  def waste(width):
+    return sum(half.sum() for half in bins(width)) * width
 
   coarsest = -(-span // max_bins)
-  candidates = [
-    width
-    for width in np.unique(np.geomspace(coarsest, 4 * coarsest, 512).astype(int))
-    if layers * (bins(width)[: len(attention_H)].max()
-                 + bins(width)[len(attention_H) :].max()) <= max_bins
-  ]  # fmt: skip
-  return int(min(candidates, key=lambda w: (bins(w) * w - excess).sum()))
+  widths = np.unique(np.geomspace(coarsest, 4 * coarsest, 512).astype(int))
+  return int(min(filter(fits, widths), key=waste))
 
 
 class _Recursion(NamedTuple):
-  """What Z leaves at every decision.
+  """Log weights of the recursion.
 
-  `after_heads[l]` is what is left once layer l's heads are chosen, and
-  `after_layer[l]` once its ratio is chosen too, each for every depth, width
-  and number of bins left; `root` weighs the pairs of depth and width.
+  `before[l]` is F(l, g), and `halfway[l]` the same with layer l's heads
+  chosen and its ratio still open. `spent` is F at each depth, NEVER where the
+  budget does not allow it; `root` its total, weighed by depth and width.
   """
 
+  before: Float[Array, 'L E G+1']
+  halfway: Float[Array, 'L E G+1']
+  spent: Float[Array, 'D E G+1']
   root: Float[Array, 'D E']
-  after_heads: Float[Array, 'L D E G+1']
-  after_layer: Float[Array, 'L D E G+1']
 
 
-def _left(z_DEG, cost_EK) -> Float[Array, 'K D E G+1']:
-  """Z at the bins that are left after each choice; NEVER below 0 bins."""
-  size = z_DEG.shape[-1]
-  left_KEG = jnp.arange(size) - cost_EK.T[:, :, None]
-  gathered = jnp.take_along_axis(
-    z_DEG[None], jnp.maximum(left_KEG, 0)[:, None], axis=-1
-  )
-  return jnp.where(left_KEG[:, None] >= 0, gathered, NEVER)
+def _spend(f_EG: Array, cost_EK: np.ndarray) -> Float[Array, 'K E G+1']:
+  """F after each choice: row e moves up by the choice's cost, a constant."""
+  never = jnp.float32(NEVER)
+  rows = [
+    [jax.lax.pad(f_G, never, [(cost, -cost, 0)]) for cost in cost_K]
+    for f_G, cost_K in zip(f_EG, cost_EK.tolist(), strict=True)
+  ]
+  return jnp.stack([jnp.stack(row) for row in rows], axis=1)
 
 
 def _recurse(
@@ -239,77 +260,73 @@ def _recurse(
   budget: Int[Array, ''],
   reduce: Callable[..., Array],
 ) -> _Recursion:
-  """Runs the recursion backwards; `reduce` is logsumexp or max over axis 0."""
-  depth = jnp.asarray(budgets.table.depth)
-  layers = weights.num_heads.shape[0]
-  attention, mlp = (
-    jnp.asarray(budgets.attention_EH),
-    jnp.asarray(budgets.mlp_ER),
-  )
+  """Runs the recursion; `reduce` is logsumexp or max over an axis."""
 
-  def step(z_DEG, scanned):
-    layer, heads_H, ratio_R = scanned
-    add = lambda w, left: w[:, None, None, None] + left
-    after_heads = reduce(add(ratio_R, _left(z_DEG, mlp)), axis=0)
-    before = reduce(add(heads_H, _left(after_heads, attention)), axis=0)
-    alive = (layer < depth)[:, None, None]
-    return jnp.where(alive, before, z_DEG), (after_heads, z_DEG)
+  def choose(f_EG, weight_K, cost_EK):
+    return reduce(weight_K[:, None, None] + _spend(f_EG, cost_EK), axis=0)
 
-  shape = (*budgets.base_DE.shape, budgets.num_bins + 1)
-  z_DEG, (after_heads, after_layer) = jax.lax.scan(
-    step,
-    jnp.zeros(shape),
-    (jnp.arange(layers), weights.num_heads, weights.mlp_ratio),
-    reverse=True,
+  def layer(f_EG, weights):
+    heads_H, ratio_R = weights
+    halfway = choose(f_EG, heads_H, budgets.attention_EH)
+    return choose(halfway, ratio_R, budgets.mlp_ER), (f_EG, halfway)
+
+  bins = jnp.arange(budgets.num_bins + 1)
+  nothing = jnp.where(bins == 0, 0.0, NEVER)
+  last, (before, halfway) = jax.lax.scan(
+    layer,
+    jnp.broadcast_to(nothing, (len(budgets.bin_E), len(bins))),
+    (weights.num_heads, weights.mlp_ratio),
   )
-  left = budgets.bins_left(budget)
-  z_DE = jnp.take_along_axis(z_DEG, jnp.maximum(left, 0)[..., None], -1)[..., 0]
-  root = weights.depth[:, None] + weights.embed_dim + z_DE
-  return _Recursion(jnp.where(left >= 0, root, NEVER), after_heads, after_layer)
+  by_depth = jnp.concatenate([before, last[None]])[
+    np.array(budgets.table.depth)
+  ]
+  allowed = bins <= budgets.bins_left(budget)[..., None]
+  spent = jnp.where(allowed, by_depth, NEVER)
+  root = weights.depth[:, None] + weights.embed_dim + reduce(spent, axis=-1)
+  return _Recursion(before, halfway, spent, root)
 
 
 def _choose(
   weights: LogWeights,
   budgets: Budgets,
-  budget: Int[Array, ''],
   recursion: _Recursion,
   pick: Callable[[jax.Array, Array], Array],
   key: jax.Array,
 ) -> space_lib.Architecture:
-  """Walks the recursion forwards; `pick` takes (key, logits) to an index."""
+  """Walks the recursion back; `pick` takes (key, logits) to an index."""
   layers = weights.num_heads.shape[0]
-  root_key, key = jax.random.split(key)
+  root_key, spent_key, key = jax.random.split(key, 3)
   d, e = jnp.divmod(pick(root_key, recursion.root.ravel()), len(budgets.bin_E))
   attention, mlp = (
     jnp.asarray(t)[e] for t in (budgets.attention_EH, budgets.mlp_ER)
   )
 
-  def choose(key, weight_K, z_G, cost_K, g):
+  def choose(key, weight_K, f_G, cost_K, g):
     left = g - cost_K
-    logits = weight_K + z_G[jnp.maximum(left, 0)]
+    logits = weight_K + f_G[jnp.maximum(left, 0)]
     k = pick(key, jnp.where(left >= 0, logits, NEVER))
     return k, left[k]
 
-  def step(g, scanned):
-    heads_H, ratio_R, z_heads, z_layer, key, layer = scanned
+  def layer(g, scanned):
+    heads_H, ratio_R, before, halfway, key, alive = scanned
     heads_key, ratio_key = jax.random.split(key)
-    h, left = choose(heads_key, heads_H, z_heads[d, e], attention, g)
-    r, left = choose(ratio_key, ratio_R, z_layer[d, e], mlp, left)
-    alive = layer < jnp.asarray(budgets.table.depth)[d]
+    r, left = choose(ratio_key, ratio_R, halfway[e], mlp, g)
+    h, left = choose(heads_key, heads_H, before[e], attention, left)
     live = lambda choice: jnp.where(alive, choice, 0)
     return jnp.where(alive, left, g), (live(h), live(r))
 
   _, (heads_L, ratio_L) = jax.lax.scan(
-    step,
-    budgets.bins_left(budget)[d, e],
+    layer,
+    pick(spent_key, recursion.spent[d, e]),
     (
       weights.num_heads,
       weights.mlp_ratio,
-      recursion.after_heads,
-      recursion.after_layer,
+      recursion.before,
+      recursion.halfway,
       jax.random.split(key, layers),
-      jnp.arange(layers),
+      jnp.arange(layers) < jnp.asarray(budgets.table.depth)[d],
     ),
+    reverse=True,
   )
   return space_lib.Architecture(d, e, heads_L, ratio_L)
 
@@ -345,7 +362,7 @@ def sample(
   recursion = _recurse(weights, budgets, budget, jax.nn.logsumexp)
   return jax.vmap(
     lambda key: _choose(
-      weights, budgets, budget, recursion, jax.random.categorical, key
+      weights, budgets, recursion, jax.random.categorical, key
     )
   )(jax.random.split(key, count))
 
@@ -369,7 +386,6 @@ def decode(
   return _choose(
     weights,
     budgets,
-    budget,
     recursion,
     lambda key, logits: jnp.argmax(logits),
     jax.random.key(0),  # Nothing is drawn.

@@ -89,7 +89,7 @@ def sampler_step(
       experiment.settings.seed, state_lib.Stream.SAMPLER, state.step
     )
   )
-  budget = curriculum.draw_position(budget_key, budgets, settings.budgets)
+  budget = budgets.draw(budget_key, settings.budgets)
   exact = settings.constraint == 'exact'
   bound = budget if exact else budgets.range[1]
   position = budgets.normalise(budget)

@@ -1,0 +1,66 @@
+"""Eight virtual CPU devices, a compilation cache, and shared tiny things."""
+
+import os
+import pathlib
+import sys
+
+os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import flags  # noqa: E402
+from flax import nnx  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from focusformer_jax import cost  # noqa: E402
+from focusformer_jax import policy  # noqa: E402
+from focusformer_jax import space as space_lib  # noqa: E402
+from focusformer_jax import supernet as supernet_lib  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DATA = ROOT / 'tests' / 'data'
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update(
+  'jax_compilation_cache_dir', str(ROOT / '.pytest_cache' / 'jax')
+)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+# Grain reads an absl flag, and pytest parses none.
+flags.FLAGS.mark_as_parsed()
+
+TINY = space_lib.SearchSpace(
+  embed_dim=(8, 12),
+  depth=(1, 2),
+  num_heads=(1, 2),
+  mlp_ratio=(1.0, 2.5),
+  head_dim=4,
+)
+GEOMETRY = space_lib.Geometry(
+  image_size=8,
+  patch_size=2,
+  channels=1,
+  num_classes=3,
+  max_relative_position=2,
+)
+
+
+def make_supernet(space=TINY, **options) -> supernet_lib.Supernet:
+  """A supernet whose every parameter, biases too, is far from its start."""
+  net = supernet_lib.Supernet(space, GEOMETRY, rngs=nnx.Rngs(0), **options)
+  keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(net)))
+  leaves, treedef = jax.tree.flatten(net)
+  noisy = [
+    leaf + 0.3 * jax.random.normal(key, leaf.shape)
+    for leaf, key in zip(leaves, keys, strict=True)
+  ]
+  return jax.tree.unflatten(treedef, noisy)
+
+
+@pytest.fixture(scope='session')
+def images():
+  return jax.random.normal(jax.random.key(2), (8, 8, 8, 1))
+
+
+@pytest.fixture(scope='session')
+def budgets() -> policy.Budgets:
+  return policy.Budgets(cost.macs(TINY, GEOMETRY), max_bins=4000)

@@ -1,0 +1,68 @@
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import costs
+from focusformer_jax import cost
+from focusformer_jax import layers
+from focusformer_jax import space as space_lib
+from focusformer_jax import subnet
+from tests.conftest import DATA, GEOMETRY, TINY, make_supernet
+
+IMAGENET = space_lib.Geometry(224, 16, 3, 1000)
+
+
+def test_reference_counts(capsys):
+  assert costs.main([str(DATA / 'costs.json')]) == 0
+  assert capsys.readouterr().out == '42 cases, 0 mismatches\n'
+
+
+def test_a_wrong_count_is_found(tmp_path):
+  text = (DATA / 'costs.json').read_text()
+  (tmp_path / 'wrong.json').write_text(text.replace('5867944', '5867945'))
+  assert costs.main([str(tmp_path / 'wrong.json')]) == 1
+
+
+@pytest.mark.parametrize('make', [cost.macs, cost.params])
+@pytest.mark.parametrize('space', [space_lib.TINY, space_lib.BASE])
+def test_traced_and_batched_costs_are_exact(make, space):
+  table = make(space, IMAGENET)
+  keys = jax.random.split(jax.random.key(0), 16)
+  archs = jax.vmap(space.uniform)(keys)
+  units = jax.jit(jax.vmap(table.units))(archs)
+  assert np.array_equal(units, jax.jit(table.units)(archs))
+  for arch, count in zip(space_lib.unstack(archs), units, strict=True):
+    e, depth = int(arch.embed_dim), space.depth[int(arch.depth)]
+    wanted = int(table.stem_E[e])
+    for layer in range(depth):
+      wanted += int(table.attention_EH[e, arch.num_heads[layer]])
+      wanted += int(table.mlp_ER[e, arch.mlp_ratio[layer]])
+    assert table.of(arch) == wanted == int(count) * table.unit
+
+
+def test_params_are_those_of_the_extracted_network():
+  table = cost.params(TINY, GEOMETRY)
+  net = make_supernet()
+  for arch in TINY.corners():
+    assert subnet.count_params(subnet.extract(net, arch)) == table.of(arch)
+
+
+@pytest.mark.parametrize('make', [cost.macs, cost.params])
+def test_range_is_that_of_the_corners(make):
+  table = make(TINY, GEOMETRY)
+  costs_of_corners = [table.of(arch) for arch in TINY.corners()]
+  assert table.minimum == min(costs_of_corners)
+  assert table.maximum == max(costs_of_corners)
+
+
+@pytest.mark.parametrize('name', ['pixels8', 'pixels28', 'pixels32'])
+def test_our_spaces_span_a_factor_of_eight(name):
+  size = int(name.removeprefix('pixels'))
+  geometry = space_lib.Geometry(size, 2 if size == 8 else 4, 3, 10)
+  table = cost.macs(space_lib.NAMED[name], geometry)
+  assert table.maximum >= 8 * table.minimum
+
+
+def test_every_parameter_names_its_axes():
+  for param in jax.tree.leaves(make_supernet(), is_leaf=layers.is_param):
+    assert param.ndim - len(param.axes) in (0, 1)

@@ -1,0 +1,87 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from focusformer_jax import space as space_lib
+from tests.conftest import TINY
+
+
+def same(a, b) -> bool:
+  return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize('space', space_lib.NAMED.values())
+def test_json_round_trip(space):
+  draws = jax.vmap(space.uniform)(jax.random.split(jax.random.key(0), 20))
+  for arch in [*space_lib.unstack(draws), *space.corners()]:
+    text = json.dumps(space.to_json(arch))
+    assert same(space.from_json(json.loads(text)), arch)
+
+
+def test_counts_every_architecture():
+  # Per width: 2 heads * 2 ratios at depth 1, squared at depth 2.
+  assert TINY.num_architectures == 2 * (4 + 16)
+
+
+def test_corners_are_distinct_and_hold_the_extremes():
+  corners = TINY.corners()
+  assert len({str(TINY.to_json(arch)) for arch in corners}) == 16
+  assert same(corners[0], TINY.smallest())
+  assert same(corners[-1], TINY.largest())
+
+
+def test_uniform_draws_each_choice_equally_often():
+  space = space_lib.PIXELS8
+  count = 4000
+  archs = jax.vmap(space.uniform)(jax.random.split(jax.random.key(0), count))
+  for indices in (archs.depth, archs.embed_dim, archs.num_heads[:, 0]):
+    observed = np.bincount(indices, minlength=4)
+    chi_square = np.sum((observed - count / 4) ** 2 / (count / 4))
+    assert chi_square < 16.3  # 0.999 quantile at 3 degrees of freedom.
+
+
+def test_dead_layers_are_zero():
+  archs = jax.vmap(TINY.uniform)(jax.random.split(jax.random.key(0), 50))
+  shallow = np.asarray(archs.depth) == 0
+  assert shallow.any()
+  assert not np.asarray(archs.num_heads)[shallow, 1:].any()
+
+
+@pytest.mark.parametrize(
+  'field, choices',
+  [
+    ('embed_dim', ()),
+    ('embed_dim', (12, 8)),
+    ('depth', (1, 1)),
+    ('num_heads', (0, 1)),
+    ('num_heads', (1.5,)),
+  ],
+)
+def test_nonsense_spaces_are_refused(field, choices):
+  values = {
+    'embed_dim': (8,),
+    'depth': (1,),
+    'num_heads': (1,),
+    'mlp_ratio': (1.0,),
+  }
+  with pytest.raises(ValueError, match=field):
+    space_lib.SearchSpace(**values | {field: choices})
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'depth': 3}, 'depth: wanted one of'),
+    ({'embed_dim': 9}, 'embed_dim: wanted one of'),
+    ({'num_heads': [1]}, 'num_heads: wanted a list of 2'),
+    ({'mlp_ratio': [1.0, 7.0]}, 'mlp_ratio: wanted one of'),
+    ({'mlp_ratio': [1.0, 'x']}, 'mlp_ratio: wanted a number'),
+    ({'extra': 1}, 'architecture: wanted keys'),
+  ],
+)
+def test_architectures_outside_the_space_are_refused(change, message):
+  values = TINY.to_json(TINY.largest()) | change
+  with pytest.raises(ValueError, match=message):
+    TINY.from_json(values)

@@ -1,0 +1,118 @@
+"""The claim of one-shot search: a subnet is a slice of the supernet."""
+
+import jax
+import numpy as np
+import pytest
+
+from focusformer_jax import layers
+from focusformer_jax import space as space_lib
+from focusformer_jax import subnet
+from focusformer_jax import supernet as supernet_lib
+from tests.conftest import TINY, make_supernet
+
+NETS = {
+  execution: make_supernet(execution=execution)
+  for execution in supernet_lib.EXECUTIONS
+}
+apply = jax.jit(supernet_lib.Supernet.__call__)
+extracted = jax.jit(subnet.VisionTransformer.__call__)
+
+
+@pytest.mark.parametrize('arch', TINY.corners(), ids=TINY.describe)
+def test_masked_switched_and_extracted_agree(arch, images):
+  wanted = extracted(subnet.extract(NETS['masked'], arch), images)
+  for net in NETS.values():
+    np.testing.assert_allclose(apply(net, images, arch), wanted, atol=1e-5)
+
+
+def test_one_program_serves_the_whole_space(images):
+  for net in NETS.values():
+    calls = jax.jit(lambda net, images, arch: net(images, arch))
+    for arch in TINY.corners():
+      calls(net, images, arch)
+    assert calls._cache_size() == 1
+
+
+@pytest.mark.parametrize('execution', supernet_lib.EXECUTIONS)
+def test_groups_are_subnets_on_their_shares_of_the_batch(execution, images):
+  net = NETS[execution]
+  archs = [TINY.smallest(), TINY.largest()]
+  logits = jax.jit(supernet_lib.Supernet.grouped)(
+    net, images, space_lib.stack(archs)
+  )
+  for i, arch in enumerate(archs):
+    np.testing.assert_allclose(
+      logits[i::2], apply(net, images, arch)[i::2], atol=1e-5
+    )
+
+
+def test_gradients_of_both_executions_agree(images):
+  def loss(net, arch):
+    return (net(images, arch) ** 2).sum()
+
+  grad = jax.jit(jax.grad(loss))
+  for arch in (TINY.smallest(), TINY.corners()[6], TINY.largest()):
+    masked, switched = (grad(net, arch) for net in NETS.values())
+    leaves = zip(
+      jax.tree.leaves(masked), jax.tree.leaves(switched), strict=True
+    )
+    for one, other in leaves:
+      scale = np.abs(one).max() + 1e-6
+      np.testing.assert_allclose(one / scale, other / scale, atol=1e-4)
+
+
+def test_parameters_beyond_the_subnet_get_no_gradient(images):
+  arch = TINY.smallest()
+  grads = jax.jit(jax.grad(lambda net: (net(images, arch) ** 2).sum()))(
+    NETS['masked']
+  )
+  mlp_up = np.asarray(grads.blocks.mlp.up.get_value())
+  assert mlp_up[0, :8, :8].any()
+  assert not mlp_up[0, 8:].any()
+  assert not mlp_up[0, :, 8:].any()
+  assert not mlp_up[1].any()
+
+
+def test_drop_path_keeps_the_mean_and_depends_on_the_key(images):
+  net = make_supernet(drop_path=0.5)
+  arch = TINY.largest()
+  call = jax.jit(supernet_lib.Supernet.__call__)
+  keys = jax.random.split(jax.random.key(0), 2)
+  one, again, other = (call(net, images, arch, keys[i]) for i in (0, 0, 1))
+  assert np.array_equal(one, again)
+  assert not np.allclose(one, other)
+  kept = net._keep_branches(keys[0], 4096)
+  assert np.asarray(kept[0] == 1).all()  # The first layer is never dropped.
+  assert abs(float(kept[1].mean()) - 1) < 0.05
+
+
+def test_pooling_by_class_token_differs(images):
+  mean, token = (make_supernet(pool=pool) for pool in ('mean', 'cls'))
+  arch = TINY.largest()
+  assert not np.allclose(mean(images, arch), token(images, arch))
+  np.testing.assert_allclose(
+    token(images, arch), subnet.extract(token, arch)(images), atol=1e-5
+  )
+
+
+def test_bfloat16_is_close(images):
+  net = make_supernet(dtype='bfloat16')
+  arch = TINY.largest()
+  wanted = apply(NETS['masked'], images, arch)
+  found = apply(net, images, arch)
+  assert found.dtype == np.float32
+  assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
+def test_layer_norm_sees_live_features_alone():
+  x = np.array([[[1.0, 3.0, 100.0]]], np.float32)
+  mask = np.array([1.0, 1.0, 0.0], np.float32)
+  found = layers.LayerNorm(3)(x, mask)
+  # Mean 2 and variance 1 of the first two.
+  np.testing.assert_allclose(found[0, 0], [-1, 1, 0], atol=1e-4)
+
+
+def test_distance_index_by_hand():
+  # Three patches in a row, distances clipped to 1; the class token is last.
+  wanted = [[2, 3, 3, 0], [1, 2, 3, 0], [1, 1, 2, 0], [0, 0, 0, 0]]
+  assert layers.distance_index(3, 1).tolist() == wanted
