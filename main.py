@@ -6,11 +6,16 @@ python main.py --config=configs/cifar100.py --workdir=/tmp/ff
 import logging as python_logging
 import sys
 
-from absl import app, flags, logging
+from absl import app
+from absl import flags
+from absl import logging
 from etils import epath
 from ml_collections import config_flags
 
-from focusformer_jax import errors, run, settings, train
+from focusformer_jax import errors
+from focusformer_jax import run
+from focusformer_jax import settings
+from focusformer_jax import train
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The configuration, such as configs/digits.py.'

@@ -13,10 +13,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from focusformer_jax import (
-  convert,
-  cost,
-)
+from focusformer_jax import convert
+from focusformer_jax import cost
 
 CASE = {'arch', 'params', 'true_macs_without_relpos'}
 

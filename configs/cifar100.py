@@ -59,7 +59,7 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
   c.search.random = 100
 
   if variant == 'smoke':
-    c.data.batch_size = 16
+    c.data.batch_size = 32
     c.data.eval_batch_size = 16
     c.sampler.batch_size = 16
     c.space = default.section(

@@ -7,7 +7,8 @@ import dataclasses
 
 import ml_collections
 
-from focusformer_jax import augment, space
+from focusformer_jax import augment
+from focusformer_jax import space
 
 
 def section(value) -> ml_collections.ConfigDict:
@@ -36,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.eval_batch_size = 128
 
   # Changes made to training images on the device; see `augment.Recipe`.
-  c.augment = section(augment.Recipe(mean=(0.5,), std=(0.5,)))
+  c.augment = section(augment.Recipe(crop_padding=1, mean=(0.5,), std=(0.5,)))
 
   # The choices; `focusformer_jax/space.py` names some spaces.
   c.space = section(space.PIXELS8)
@@ -73,7 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Different subnets in one update; they share the batch.
   c.curriculum.subnets = 4
   # Share of all steps that draw evenly before the sampler is asked.
-  c.curriculum.warmup = 0.3
+  c.curriculum.warmup = 0.4
   # Probability of an even draw within the budget after that.
   c.curriculum.epsilon = 0.2
 
@@ -87,13 +88,15 @@ def get_config() -> ml_collections.ConfigDict:
   # Fourier features of the budget.
   c.sampler.frequencies = 4
   # Supernet updates between sampler updates.
-  c.sampler.every = 4
+  c.sampler.every = 8
   # Subnets that one sampler update compares, all at one budget.
   c.sampler.subnets = 8
   # Held-out images that they are compared on.
   c.sampler.batch_size = 128
   # 'loss' (minus cross-entropy) or 'accuracy'.
   c.sampler.reward = 'loss'
+  # Whether to divide advantages by the spread of the rewards compared.
+  c.sampler.scale_rewards = True
   # 'exact' draws within the budget; 'penalty' draws freely and pays for it.
   c.sampler.constraint = 'exact'
   # Reward lost per share of the budget exceeded, for 'penalty'.
@@ -101,13 +104,13 @@ def get_config() -> ml_collections.ConfigDict:
   # How budgets are drawn over the reachable range: 'log' or 'linear'.
   c.sampler.budgets = 'log'
   # Weight of the policy's entropy in its objective.
-  c.sampler.entropy = 1e-3
+  c.sampler.entropy = 0.05
   # Adam's.
-  c.sampler.learning_rate = 1e-2
+  c.sampler.learning_rate = 3e-3
 
   c.train = ml_collections.ConfigDict()
   # Supernet updates.
-  c.train.steps = 2000
+  c.train.steps = 1500
   # Steps between lines of metrics.
   c.train.log_every = 100
   # Steps between held-out scores of the sampler's proposals.

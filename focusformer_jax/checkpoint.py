@@ -142,7 +142,7 @@ class Checkpoints:
     for name, wanted in self._facts.items():
       if found.get(name) != wanted:
         raise errors.UserError(
-          f'{self.directory / str(step)}: wanted a checkpoint with config.{name}='
-          f'{wanted}, found {found.get(name)}; change that key or use another '
-          '--workdir'
+          f'{self.directory / str(step)}: wanted a checkpoint with '
+          f'config.{name}={wanted}, found {found.get(name)}; change that key '
+          'or use another --workdir'
         )

@@ -12,10 +12,8 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from focusformer_jax import (
-  datasets,  # noqa: F401 (registers our builders)
-  errors,
-)
+from focusformer_jax import datasets  # noqa: F401 (registers our builders)
+from focusformer_jax import errors
 from focusformer_jax import settings as settings_lib
 
 # Data sets here are read by NumPy and Grain; accelerators belong to JAX.

@@ -11,10 +11,12 @@ from absl import logging
 import jax
 import numpy as np
 
-from focusformer_jax import data, sharding, steps
+from focusformer_jax import data
 from focusformer_jax import experiment as experiment_lib
 from focusformer_jax import policy as policy_lib
+from focusformer_jax import sharding
 from focusformer_jax import space as space_lib
+from focusformer_jax import steps
 from focusformer_jax import supernet as supernet_lib
 
 

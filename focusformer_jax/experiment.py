@@ -9,9 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from focusformer_jax import cost, curriculum, data, errors, optim, sharding
+from focusformer_jax import cost
+from focusformer_jax import curriculum
+from focusformer_jax import data
+from focusformer_jax import errors
+from focusformer_jax import optim
 from focusformer_jax import policy as policy_lib
 from focusformer_jax import settings as settings_lib
+from focusformer_jax import sharding
 from focusformer_jax import space as space_lib
 from focusformer_jax import state as state_lib
 from focusformer_jax import supernet as supernet_lib

@@ -126,16 +126,22 @@ def token_coordinates(grid: int) -> Int[np.ndarray, '2 N']:
   return np.stack([np.append(grid, rows), np.append(grid, columns)])
 
 
+def _one_hot_coordinates(grid: int) -> Float[np.ndarray, 'N 2*(G+1)']:
+  """Row, then column of every token as one-hot vectors."""
+  rows, columns = token_coordinates(grid)
+  one_hot = np.eye(grid + 1)
+  return np.concatenate([one_hot[rows], one_hot[columns]], axis=-1)
+
+
 class Attention(nnx.Module):
   """Self-attention with 2-D relative position for keys and values.
 
-  Distances enter as extra channels. With r_k[i,j] = rows[row(i), row(j)] +
-  columns[col(i), col(j)], the product q_i . r_k[i,j] picks entry row(j) of a
-  vector that depends on i alone, plus entry col(j) of another: append both
-  vectors to the query and the one-hot row and column of j to the key, and
-  q . k + q . r_k is one ordinary product. In the same way the one-hot channels
-  of the values collect the attention per row and column, which the value
-  tables turn into sum_j attn_ij r_v[i,j]. This costs O(N sqrt(N) K).
+  With r_k[i,j] = rows[row(i), row(j)] + columns[col(i), col(j)], the product
+  q_i . r_k[i,j] picks entry row(j) of a short vector that depends on i alone,
+  plus entry col(j) of another: both vectors times the one-hot coordinates of
+  every j. In the same way, attention summed per row and per column of the
+  grid is all that sum_j attn_ij r_v[i,j] needs. This costs O(N sqrt(N) K)
+  beside the attention itself, and nothing but matrix products.
   """
 
   def __init__(
@@ -185,51 +191,46 @@ class Attention(nnx.Module):
 
     def project(kernel, bias_HK):
       y = _dense(x, kernel.reshape(width, H * K), bias_HK.reshape(H * K))
-      return y.reshape(batch, tokens, H, K)
+      return y.reshape(batch, tokens, H, K).swapaxes(1, 2)
 
-    q_BNHK = project(self.query.get_value(), bias_3HK[0])
-    k_BNHK = project(self.key.get_value(), bias_3HK[1])
-    v_BNHK = project(self.value.get_value(), bias_3HK[2])
+    q_BHNK = project(self.query.get_value(), bias_3HK[0])
+    k_BHNK = project(self.key.get_value(), bias_3HK[1])
+    v_BHNK = project(self.value.get_value(), bias_3HK[2])
+    coordinates_NG = jnp.asarray(_one_hot_coordinates(self.grid), dtype)
 
-    index = distance_index(self.grid, self.max_distance)
-    rows, columns = token_coordinates(self.grid)
-    seen = np.concatenate([index[rows], index[columns]], -1)  # (N, 2(G+1))
-    side = self.grid + 1
-    one_hot = np.concatenate([np.eye(side)[rows], np.eye(side)[columns]], -1)
-
-    def tables_NGK(position: RelativePosition):
-      """For each query token, the vector of every key row and key column."""
-      row, column = position.rows.get_value(), position.columns.get_value()
-      return jnp.concatenate(
-        [row[seen[:, :side]], column[seen[:, side:]]], axis=1
-      ).astype(dtype)
-
-    q_position = jnp.einsum(
-      'bnhk,ngk->bnhg', q_BNHK, tables_NGK(self.position_key)
+    q_near = jnp.einsum(
+      'bhnk,ngk->bhng', q_BHNK, self._seen_vectors(self.position_key, dtype)
     )
-    hot_BNHG = jnp.broadcast_to(
-      jnp.asarray(one_hot, dtype)[None, :, None, :],
-      (batch, tokens, H, 2 * side),
+    logits = jnp.einsum('bhnk,bhmk->bhnm', q_BHNK, k_BHNK)
+    logits += jnp.einsum('bhng,mg->bhnm', q_near, coordinates_NG)
+    attention = jax.nn.softmax(logits.astype(jnp.float32) * K**-0.5).astype(
+      dtype
     )
-    q = jnp.concatenate([q_BNHK, q_position], -1)
-    k = jnp.concatenate([k_BNHK, hot_BNHG], -1)
-    v = jnp.concatenate([v_BNHK, hot_BNHG], -1)
-    logits = jnp.einsum(
-      'bnhk,bmhk->bhnm', q, k, preferred_element_type=jnp.float32
-    )
-    attention = jax.nn.softmax(logits * K**-0.5, axis=-1).astype(dtype)
-    gathered = jnp.einsum('bhnm,bmhk->bnhk', attention, v)
-    out_BNHK = gathered[..., :K] + jnp.einsum(
-      'bnhg,ngk->bnhk', gathered[..., K:], tables_NGK(self.position_value)
+    near = jnp.einsum('bhnm,mg->bhng', attention, coordinates_NG)
+    out = jnp.einsum('bhnm,bhmk->bhnk', attention, v_BHNK)
+    out += jnp.einsum(
+      'bhng,ngk->bhnk', near, self._seen_vectors(self.position_value, dtype)
     )
     if num_heads is not None:
-      out_BNHK *= prefix_mask(num_heads, H)[:, None].astype(dtype)
+      out *= prefix_mask(num_heads, H)[:, None, None].astype(dtype)
     out = _dense(
-      out_BNHK.reshape(batch * tokens, H * K),
+      out.swapaxes(1, 2).reshape(batch * tokens, H * K),
       self.out.get_value().reshape(H * K, width),
       self.out_bias.get_value(),
     )
     return out.reshape(batch, tokens, width)
+
+  def _seen_vectors(self, position: RelativePosition, dtype):
+    """For each query token, the vectors of every key row, then column."""
+    index = distance_index(self.grid, self.max_distance)
+    rows, columns = token_coordinates(self.grid)
+    return jnp.concatenate(
+      [
+        position.rows.get_value()[index[rows]],
+        position.columns.get_value()[index[columns]],
+      ],
+      axis=1,
+    ).astype(dtype)
 
 
 class Mlp(nnx.Module):

@@ -16,7 +16,7 @@ def decayed(params):
   def decide(path, param):
     return (
       len(param.axes) > 1
-      and not param.axes[0] == 'heads3'  # The stacked biases of attention.
+      and param.axes[0] != 'heads3'  # The stacked biases of attention.
       and path[-1].name not in UNDECAYED
     )
 

@@ -32,6 +32,7 @@ choices, `L` layers, `G` bins.
 
 from collections.abc import Callable
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 from flax import nnx
@@ -97,7 +98,7 @@ class Policy(nnx.Module):
     self.hidden = nnx.List(
       [
         nnx.Linear(before, after, rngs=rngs)
-        for before, after in zip(widths[:-1], widths[1:], strict=True)
+        for before, after in itertools.pairwise(widths)
       ]
     )
     outputs = sum(leaf.size for leaf in self._shapes())

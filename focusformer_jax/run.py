@@ -6,9 +6,14 @@ from absl import logging
 from etils import epath
 import jax
 
-from focusformer_jax import errors, evaluate, report, search, subnet, train
+from focusformer_jax import errors
+from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import report
+from focusformer_jax import search
 from focusformer_jax import settings as settings_lib
+from focusformer_jax import subnet
+from focusformer_jax import train
 
 MODES = ('run', 'train', 'search', 'extract', 'report')
 

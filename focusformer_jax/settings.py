@@ -74,6 +74,7 @@ class Sampler:
   subnets: int = _number(at_least=2)
   batch_size: int = _number(at_least=1)
   reward: str = _one_of('loss', 'accuracy')
+  scale_rewards: bool
   constraint: str = _one_of('exact', 'penalty')
   penalty: float = _number(at_least=0)
   budgets: str = _one_of('log', 'linear')

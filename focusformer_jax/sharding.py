@@ -10,7 +10,8 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
-from focusformer_jax import errors, layers
+from focusformer_jax import errors
+from focusformer_jax import layers
 
 Tree = TypeVar('Tree')
 

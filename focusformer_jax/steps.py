@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import optax
 
-from focusformer_jax import augment, curriculum
+from focusformer_jax import augment
+from focusformer_jax import curriculum
 from focusformer_jax import experiment as experiment_lib
 from focusformer_jax import policy as policy_lib
 from focusformer_jax import space as space_lib
@@ -65,7 +66,7 @@ def supernet_step(
   macs = jax.vmap(table.units)(archs).astype(jnp.float32) * table.unit
   return state, {
     'train/loss': loss,
-    'train/grad_norm': optax.global_norm(grads),
+    'train/grad_norm': optax.tree.norm(grads),
     'train/macs_per_image': macs.mean(),
     'train/skipped_in_a_row': optimizer.notfinite_count.astype(jnp.float32),
   }
@@ -80,7 +81,9 @@ def sampler_step(
 
   M subnets drawn at one budget are scored on the same held-out images with
   the supernet's weights. The baseline of each is the mean reward of the other
-  M - 1 (Kool et al. 2019), which leaves the gradient unbiased.
+  M - 1 (Kool et al. 2019), which leaves the gradient unbiased. Divided by the
+  rewards' spread, if so configured, late rewards that hardly differ count as
+  much as early ones, and the entropy bonus keeps its weight beside them.
   """
   settings = experiment.settings.sampler
   budgets, space = experiment.budgets, experiment.space
@@ -109,6 +112,8 @@ def sampler_step(
   advantage_M = (reward_M - reward_M.mean()) * (
     settings.subnets / (settings.subnets - 1)
   )
+  if settings.scale_rewards:
+    advantage_M /= reward_M.std() + 1e-6
 
   def loss_fn(policy: policy_lib.Policy):
     weights = policy(position)

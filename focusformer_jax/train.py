@@ -5,22 +5,22 @@ import signal
 import threading
 
 from absl import logging
-from clu import metric_writers, parameter_overview, periodic_actions
+from clu import metric_writers
+from clu import parameter_overview
+from clu import periodic_actions
 from etils import epath
 import jax
 import numpy as np
 
-from focusformer_jax import (
-  checkpoint,
-  curriculum,
-  data,
-  errors,
-  evaluate,
-  sharding,
-  steps,
-)
+from focusformer_jax import checkpoint
+from focusformer_jax import curriculum
+from focusformer_jax import data
+from focusformer_jax import errors
+from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import sharding
 from focusformer_jax import state as state_lib
+from focusformer_jax import steps
 
 CHECKPOINTS = 'checkpoints'
 

@@ -5,17 +5,22 @@ import pathlib
 import sys
 
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+# Compiling costs more than running here, so let LLVM do less of it.
+os.environ['XLA_FLAGS'] = (
+  '--xla_backend_optimization_level=0 '
+  '--xla_llvm_disable_expensive_passes=true'
+)
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from absl import flags  # noqa: E402
-from flax import nnx  # noqa: E402
-import jax  # noqa: E402
-import pytest  # noqa: E402
+from absl import flags
+from flax import nnx
+import jax
+import pytest
 
-from focusformer_jax import cost  # noqa: E402
-from focusformer_jax import policy  # noqa: E402
-from focusformer_jax import space as space_lib  # noqa: E402
-from focusformer_jax import supernet as supernet_lib  # noqa: E402
+from focusformer_jax import cost
+from focusformer_jax import policy
+from focusformer_jax import space as space_lib
+from focusformer_jax import supernet as supernet_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = ROOT / 'tests' / 'data'

@@ -56,7 +56,7 @@ def test_a_missing_array_is_named():
     for name in arrays.files
     if name != 'param/blocks.2.fc1.bias'
   }
-  with pytest.raises(ValueError, match='blocks.2.fc1.bias'):
+  with pytest.raises(ValueError, match=r'blocks\.2\.fc1\.bias'):
     convert.from_autoformer(state, net)
 
 
@@ -85,6 +85,4 @@ def test_decayed_parameters_are_matrices():
     'head.norm.scale',
   ):
     assert not flags[name]
-  assert len(flags) == len(
-    jax.tree.leaves(net, is_leaf=layers.is_param)
-  )
+  assert len(flags) == len(jax.tree.leaves(net, is_leaf=layers.is_param))

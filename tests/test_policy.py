@@ -54,9 +54,7 @@ def weights() -> policy.LogWeights:
 @pytest.fixture(scope='module')
 def log_prob(budgets):
   return jax.jit(
-    lambda weights, budget: policy.log_prob(
-      weights, TINY, budgets, budget, ALL
-    )
+    lambda weights, budget: policy.log_prob(weights, TINY, budgets, budget, ALL)
   )
 
 
@@ -66,9 +64,7 @@ def test_space_is_enumerated():
 
 
 @pytest.mark.parametrize('budget', WITHIN)
-def test_probabilities_within_a_budget_sum_to_one(
-  budget, weights, log_prob
-):
+def test_probabilities_within_a_budget_sum_to_one(budget, weights, log_prob):
   within = COSTS <= budget
   probs = np.exp(log_prob(weights, budget))[within]
   assert probs.sum() == pytest.approx(1, abs=1e-5)
@@ -122,9 +118,7 @@ def test_draws_follow_the_distribution(uniform, weights, log_prob, budgets):
   names = [str(TINY.to_json(arch)) for arch in space_lib.unstack(ALL)]
   numbers = {name: i for i, name in enumerate(names)}
   archs, times = np.unique(
-    np.concatenate(
-      [np.reshape(leaf, (count, -1)) for leaf in drawn], axis=1
-    ),
+    np.concatenate([np.reshape(leaf, (count, -1)) for leaf in drawn], axis=1),
     axis=0,
     return_counts=True,
   )
@@ -182,9 +176,7 @@ def test_gradient_of_log_prob_agrees_with_finite_differences(budgets):
       )
 
     numeric = (log_p(moved(step)) - log_p(moved(-step))) / (2 * step)
-    assert jnp.vdot(grad, direction) == pytest.approx(
-      float(numeric), abs=2e-3
-    )
+    assert jnp.vdot(grad, direction) == pytest.approx(float(numeric), abs=2e-3)
 
 
 def test_new_policy_is_uniform_over_choices(budgets):

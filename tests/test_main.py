@@ -1,0 +1,102 @@
+"""Bad input gets one line that names the key, and nothing is written."""
+
+import subprocess
+import sys
+
+import pytest
+
+from configs import digits
+from focusformer_jax import errors
+from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import settings as settings_lib
+from tests.conftest import ROOT
+
+
+def parse(**changes) -> settings_lib.Settings:
+  config = digits.get_config('smoke')
+  with config.unlocked(), config.ignore_type():
+    for key, value in changes.items():
+      *sections, name = key.split('__')
+      node = config
+      for section in sections:
+        node = node[section]
+      node[name] = value
+  return settings_lib.parse(config)
+
+
+@pytest.mark.parametrize(
+  'key, value, message',
+  [
+    ('seed', -1, 'config.seed: wanted at least 0, found -1'),
+    ('extra', 1, 'config.extra: no such key'),
+    ('train__steps', 0, 'config.train.steps: wanted at least 1, found 0'),
+    ('train__steps', 1.5, 'config.train.steps: wanted int, found 1.5'),
+    ('train__steps', True, 'config.train.steps: wanted int, found True'),
+    ('train__more', 1, 'config.train.more: no such key'),
+    ('data__heldout', 0.0, 'config.data.heldout: wanted more than 0'),
+    ('data__heldout', 0.95, 'config.data.heldout: wanted at most 0.9'),
+    ('data__name', 3, 'config.data.name: wanted str, found 3'),
+    ('curriculum__name', 'x', 'config.curriculum.name: wanted one of'),
+    ('curriculum__subnets', 3, 'config.curriculum.subnets: wanted a divisor'),
+    ('sampler__subnets', 1, 'config.sampler.subnets: wanted at least 2'),
+    ('sampler__hidden', 8, 'config.sampler.hidden: wanted a tuple'),
+    ('space__depth', (2, 1), 'config.space.depth: wanted ascending'),
+    ('space__depth', 'deep', 'config.space.depth: wanted a tuple'),
+    ('space', 3, 'config.space: wanted a section, found 3'),
+    ('supernet__dtype', 'int8', 'config.supernet.dtype: wanted one of'),
+    ('augment__std', (0.0,), 'config.augment.std: wanted'),
+  ],
+)
+def test_a_wrong_value_is_named(key, value, message):
+  with pytest.raises(errors.UserError) as error:
+    parse(**{key: value})
+  assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      {'search__budgets': (1,)},
+      'config.search.budgets: wanted at least 36,5',
+    ),
+    ({'mesh__data': 3}, 'config.mesh: wanted data'),
+    ({'data__batch_size': 36}, 'config.data.batch_size: wanted a multiple'),
+    ({'supernet__patch_size': 3}, 'config.supernet.patch_size: wanted a div'),
+  ],
+)
+def test_settings_that_do_not_fit_together(changes, message):
+  with pytest.raises(errors.UserError) as error:
+    experiment_lib.create(parse(**changes))
+  assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (
+      ['--config.no_such_key=1'],
+      "error: --config: no such key: \"'no_such_key'",
+    ),
+    (['--config.search.budgets=1'], 'error: config.search.budgets: wanted at'),
+  ],
+)
+def test_the_command_says_it_in_one_line(flags, message, tmp_path):
+  workdir = tmp_path / 'new'
+  done = subprocess.run(
+    [
+      sys.executable,
+      'main.py',
+      '--config=configs/digits.py:smoke',
+      f'--workdir={workdir}',
+      *flags,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode != 0
+  assert done.stderr.strip().splitlines()[-1].startswith(message)
+  assert 'Traceback' not in done.stderr
+  assert not workdir.exists()

@@ -1,0 +1,200 @@
+"""The loop: resuming, devices, compilations, and the whole job in small."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from configs import cifar100
+from configs import digits
+from focusformer_jax import data
+from focusformer_jax import errors
+from focusformer_jax import evaluate
+from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import run
+from focusformer_jax import settings as settings_lib
+from focusformer_jax import sharding
+from focusformer_jax import steps
+from focusformer_jax import train
+
+
+@pytest.fixture(scope='session')
+def tfds_dir(tmp_path_factory) -> str:
+  return str(tmp_path_factory.mktemp('tfds'))
+
+
+def smoke_settings(tfds_dir, **changes) -> settings_lib.Settings:
+  """The digits job in a few steps; `changes` are keys with `__` for dots."""
+  config = digits.get_config('smoke')
+  changes = {'data__dir': tfds_dir, 'data__batch_size': 32} | changes
+  with config.unlocked():
+    for key, value in changes.items():
+      section, name = key.split('__')
+      config[section][name] = value
+  return settings_lib.parse(config)
+
+
+@pytest.fixture(scope='session')
+def experiment(tfds_dir):
+  return experiment_lib.create(
+    smoke_settings(tfds_dir), devices=jax.devices()[:1]
+  )
+
+
+@pytest.fixture(scope='session')
+def evaluator(experiment):
+  return evaluate.Evaluator(experiment)
+
+
+def assert_equal(one, other):
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    assert np.array_equal(a, b)
+
+
+def test_resumes_bit_for_bit(experiment, evaluator, tmp_path, monkeypatch):
+  undisturbed = train.train(experiment, evaluator, tmp_path / 'whole')
+
+  put_batch, batches = sharding.put_batch, []
+
+  def killed_at_step_six(mesh, batch):
+    batches.append(batch)
+    if len(batches) == 7:  # Warm-up is 2 steps; later ones take two batches.
+      raise KeyboardInterrupt
+    return put_batch(mesh, batch)
+
+  monkeypatch.setattr(sharding, 'put_batch', killed_at_step_six)
+  with pytest.raises(KeyboardInterrupt):
+    train.train(experiment, evaluator, tmp_path / 'killed')
+  monkeypatch.undo()
+
+  checkpoints = train.open_checkpoints(experiment, tmp_path / 'killed')
+  assert checkpoints.latest_step == 4
+  checkpoints.close()
+  resumed = train.train(experiment, evaluator, tmp_path / 'killed')
+  # Weights, both optimizers, sampler, counts and the step.
+  assert_equal(resumed, undisturbed)
+  positions = [
+    json.loads(path.read_text())
+    for path in sorted(tmp_path.glob('*/checkpoints/8/*/process*.json'))
+  ]
+  assert len(positions) == 4
+  assert positions[:2] == positions[2:]
+
+
+def first_batches(experiment, count):
+  source = experiment.dataset.split('train')
+  batches = data.train_batches(source, 32, seed=0)
+  return [next(batches) for _ in range(count)]
+
+
+def run_steps(experiment, count):
+  """Losses of `count` supernet steps, a sampler step after each."""
+  supernet_step = jax.jit(functools.partial(steps.supernet_step, experiment))
+  sampler_step = jax.jit(functools.partial(steps.sampler_step, experiment))
+  state, losses = experiment.init_state(), []
+  for batch in first_batches(experiment, count):
+    batch = sharding.put_batch(experiment.mesh, batch)
+    state, metrics = supernet_step(state, batch)
+    state, sampled = sampler_step(state, batch)
+    losses.append([metrics['train/loss'], sampled['sampler/reward']])
+  assert supernet_step._cache_size() == sampler_step._cache_size() == 1
+  return state, np.array(losses)
+
+
+@pytest.fixture(scope='session')
+def one_device(experiment):
+  return run_steps(experiment, 6)
+
+
+@pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
+def test_meshes_agree_with_one_device(tfds_dir, one_device, shape):
+  experiment = experiment_lib.create(
+    smoke_settings(tfds_dir, mesh__data=shape[0], mesh__fsdp=shape[1])
+  )
+  state, losses = run_steps(experiment, 6)
+  np.testing.assert_allclose(losses, one_device[1], atol=1e-5)
+  up = state.supernet.blocks.mlp.up.get_value()
+  shards = {tuple(s.data.shape) for s in up.addressable_shards}
+  assert shards == {(4, 64, 256 // shape[1])}
+
+
+def test_many_architectures_are_one_compilation(experiment, evaluator):
+  state = experiment.init_state()
+  source = experiment.dataset.split('heldout')
+  before = evaluator._step._cache_size()
+  space = experiment.space
+  scores = evaluator.score(state.supernet, space.corners(), source)
+  assert len(scores) == 16
+  assert evaluator._step._cache_size() <= max(before, 1)
+  proposals = evaluator.propose(state.policy, experiment.search_budgets)
+  assert evaluator._propose._cache_size() == 1
+  table = experiment.budgets.table
+  for budget, proposal in zip(
+    experiment.search_budgets, proposals, strict=True
+  ):
+    assert table.of(proposal.arch) <= budget
+
+
+def test_non_finite_updates_are_skipped_and_stop_the_run(
+  tfds_dir, tmp_path, monkeypatch
+):
+  experiment = experiment_lib.create(
+    smoke_settings(tfds_dir, train__max_skipped=2), devices=jax.devices()[:1]
+  )
+  healthy = experiment.init_state()
+
+  def broken_state(self):
+    state = healthy
+    return state.replace(
+      supernet=jax.tree.map(lambda leaf: leaf * np.nan, state.supernet)
+    )
+
+  monkeypatch.setattr(experiment_lib.Experiment, 'init_state', broken_state)
+  with pytest.raises(errors.UserError, match='last 2 updates were not finite'):
+    train.train(experiment, evaluate.Evaluator(experiment), tmp_path)
+
+
+def test_a_checkpoint_of_another_space_is_refused(
+  tfds_dir, experiment, evaluator, tmp_path
+):
+  train.train(experiment, evaluator, tmp_path)
+  before = sorted(tmp_path.rglob('*'))
+  other = smoke_settings(tfds_dir, space__depth=(1, 2))
+  with pytest.raises(errors.UserError, match=r'config\.space'):
+    run.run(other, tmp_path)
+  assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_digits_end_to_end(tfds_dir, tmp_path, capsys):
+  settings = smoke_settings(tfds_dir, mesh__data=8)
+  run.run(settings, tmp_path)
+  results = json.loads((tmp_path / 'results.json').read_text())
+  assert len(results['budgets']) >= 5
+  for row in results['budgets'] + results['rivals']:
+    assert row['macs'] <= row['budget']
+    assert row['cost'] == 'macs'
+    assert 0 <= row['test_accuracy'] <= 1
+  assert {row['method'] for row in results['budgets']} == {'sampler'}
+  assert 'sampler' in capsys.readouterr().out
+  assert (tmp_path / 'pareto.png').read_bytes().startswith(b'\x89PNG')
+  architecture = json.loads((tmp_path / 'subnet/architecture.json').read_text())
+  assert architecture['geometry']['num_classes'] == 10
+
+  # A second start finds everything done and changes no result.
+  stamp = (tmp_path / 'results.json').stat().st_mtime_ns
+  run.run(settings, tmp_path)
+  assert (tmp_path / 'results.json').stat().st_mtime_ns == stamp
+
+
+def test_cifar100_end_to_end_on_mock_data(tmp_path):
+  config = cifar100.get_config('smoke')
+  with config.unlocked():
+    config.data.dir = str(tmp_path / 'data')
+  # TFDS makes up random images of CIFAR-100's form.
+  with tfds.testing.mock_data(num_examples=64):
+    run.run(settings_lib.parse(config), tmp_path)
+  results = json.loads((tmp_path / 'results.json').read_text())
+  assert results['data'] == 'cifar100'
