@@ -42,6 +42,7 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
 
   c.space = default.section(space.PIXELS32)
   c.supernet.patch_size = 4
+  c.supernet.init_std = 0.02
   c.supernet.drop_path = 0.1
   c.supernet.dtype = 'bfloat16'
 

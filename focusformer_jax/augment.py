@@ -77,9 +77,11 @@ class Recipe:
       require(name, isinstance(value, int) and value >= 0, 'a whole number')
     require('flip', isinstance(self.flip, bool), 'True or False')
     if self.resized_crop is not None:
-      smallest, largest = self.resized_crop
+      area = tuple(self.resized_crop)
       require(
-        'resized_crop', 0 < smallest <= largest <= 1, '0 < low <= high <= 1'
+        'resized_crop',
+        len(area) == 2 and 0 < area[0] <= area[1] <= 1,
+        'two ascending shares of the area',
       )
       require('crop_padding', self.crop_padding == 0, '0 with resized_crop')
     require(
@@ -92,7 +94,11 @@ class Recipe:
       require(name, 0 <= value < math.inf, 'a number of at least 0')
     for name in ('erase', 'switch', 'label_smoothing'):
       require(name, 0 <= getattr(self, name) <= 1, 'a number from 0 to 1')
-    require('mean', all(0 <= m <= 1 for m in self.mean), 'shares of white')
+    require(
+      'mean',
+      len(self.mean) > 0 and all(0 <= m <= 1 for m in self.mean),
+      'numbers from 0 to 1',
+    )
     require(
       'std',
       len(self.std) == len(self.mean) and all(s > 0 for s in self.std),
@@ -103,8 +109,8 @@ class Recipe:
 class Op(enum.IntEnum):
   """timm's 'increasing' set of RandAugment (arXiv 1909.13719).
 
-  Each line ends with the op's argument, where s is the signed strength, from
-  -1 to 1, and |s| the magnitude over 10. A level of None means no argument.
+  Beside each stands what it does at strength s: the magnitude over 10, with a
+  random sign that only some ops heed.
   """
 
   IDENTITY = 0

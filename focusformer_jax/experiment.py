@@ -102,6 +102,7 @@ class Experiment:
       drop_path=supernet.drop_path,
       dtype=supernet.dtype,
       execution=supernet.execution,
+      init_std=supernet.init_std,
       rngs=rngs(0),
     )
     sampler = policy_lib.Policy(

@@ -20,9 +20,6 @@ import numpy as np
 
 Module = TypeVar('Module', bound=nnx.Module)
 
-# Initialisation of the reference: normal(0.02) for everything that is learnt
-# but biases, norms and the patch convolution.
-NORMAL = nnx.initializers.normal(0.02)
 LAYER_NORM_EPS = 1e-5
 
 
@@ -30,9 +27,9 @@ def is_param(node) -> bool:
   return isinstance(node, nnx.Variable)
 
 
-def _param(rngs, init, shape, axes) -> nnx.Param:
+def _normal(rngs, std, shape, axes) -> nnx.Param:
   """A parameter whose `axes` name the dimension that sizes each axis."""
-  return nnx.Param(init(rngs.params(), shape), axes=axes)
+  return nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=axes)
 
 
 def take(module: Module, sizes: dict[str, int]) -> Module:
@@ -105,10 +102,12 @@ class RelativePosition(nnx.Module):
   as in AutoFormer; the (N,N,K) tensor of their sums is never built.
   """
 
-  def __init__(self, head_dim: int, max_distance: int, *, rngs: nnx.Rngs):
+  def __init__(
+    self, head_dim: int, max_distance: int, *, std: float, rngs: nnx.Rngs
+  ):
     shape = (2 * max_distance + 2, head_dim)
-    self.rows = _param(rngs, NORMAL, shape, (None, None))
-    self.columns = _param(rngs, NORMAL, shape, (None, None))
+    self.rows = _normal(rngs, std, shape, (None, None))
+    self.columns = _normal(rngs, std, shape, (None, None))
 
 
 def distance_index(grid: int, max_distance: int) -> Int[np.ndarray, 'G+1 G+1']:
@@ -152,25 +151,30 @@ class Attention(nnx.Module):
     grid: int,
     max_distance: int,
     *,
+    std: float,
     rngs: nnx.Rngs,
   ):
     self.grid = grid
     self.max_distance = max_distance
     shape, axes = (embed_dim, num_heads, head_dim), ('embed', 'heads', None)
-    self.query = _param(rngs, NORMAL, shape, axes)
-    self.key = _param(rngs, NORMAL, shape, axes)
-    self.value = _param(rngs, NORMAL, shape, axes)
+    self.query = _normal(rngs, std, shape, axes)
+    self.key = _normal(rngs, std, shape, axes)
+    self.value = _normal(rngs, std, shape, axes)
     # A subnet of H heads reads rows [0,H) for queries, [H,2H) for keys and
     # [2H,3H) for values: the reference's rule, without which an imported
     # supernet would not give its logits.
     self.bias = nnx.Param(
       jnp.zeros((3 * num_heads, head_dim)), axes=('heads3', None)
     )
-    self.position_key = RelativePosition(head_dim, max_distance, rngs=rngs)
-    self.position_value = RelativePosition(head_dim, max_distance, rngs=rngs)
-    self.out = _param(
+    self.position_key = RelativePosition(
+      head_dim, max_distance, std=std, rngs=rngs
+    )
+    self.position_value = RelativePosition(
+      head_dim, max_distance, std=std, rngs=rngs
+    )
+    self.out = _normal(
       rngs,
-      NORMAL,
+      std,
       (num_heads, head_dim, embed_dim),
       ('heads', None, 'embed'),
     )
@@ -236,10 +240,12 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
   """Two dense layers around an exact GELU."""
 
-  def __init__(self, embed_dim: int, mlp_dim: int, *, rngs: nnx.Rngs):
-    self.up = _param(rngs, NORMAL, (embed_dim, mlp_dim), ('embed', 'mlp'))
+  def __init__(
+    self, embed_dim: int, mlp_dim: int, *, std: float, rngs: nnx.Rngs
+  ):
+    self.up = _normal(rngs, std, (embed_dim, mlp_dim), ('embed', 'mlp'))
     self.up_bias = nnx.Param(jnp.zeros(mlp_dim), axes=('mlp',))
-    self.down = _param(rngs, NORMAL, (mlp_dim, embed_dim), ('mlp', 'embed'))
+    self.down = _normal(rngs, std, (mlp_dim, embed_dim), ('mlp', 'embed'))
     self.down_bias = nnx.Param(jnp.zeros(embed_dim), axes=('embed',))
 
   def __call__(
@@ -270,14 +276,15 @@ class Block(nnx.Module):
     grid: int,
     max_distance: int,
     *,
+    std: float,
     rngs: nnx.Rngs,
   ):
     self.attention_norm = LayerNorm(embed_dim)
     self.attention = Attention(
-      embed_dim, num_heads, head_dim, grid, max_distance, rngs=rngs
+      embed_dim, num_heads, head_dim, grid, max_distance, std=std, rngs=rngs
     )
     self.mlp_norm = LayerNorm(embed_dim)
-    self.mlp = Mlp(embed_dim, mlp_dim, rngs=rngs)
+    self.mlp = Mlp(embed_dim, mlp_dim, std=std, rngs=rngs)
 
   def attend(self, x_BND, mask_D=None, num_heads=None):
     """The first branch; see `LayerNorm` and `Attention` for the arguments."""
@@ -302,20 +309,22 @@ class Stem(nnx.Module):
     patch_size: int,
     channels: int,
     *,
+    std: float,
     rngs: nnx.Rngs,
   ):
     self.patch_size = patch_size
     inputs = channels * patch_size**2
     bound = 1 / math.sqrt(inputs)
 
-    def uniform(key, shape):
-      return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    def uniform(shape, axes):
+      values = jax.random.uniform(rngs.params(), shape, minval=-1, maxval=1)
+      return nnx.Param(bound * values, axes=axes)
 
-    self.kernel = _param(rngs, uniform, (inputs, embed_dim), (None, 'embed'))
-    self.bias = _param(rngs, uniform, (embed_dim,), ('embed',))
-    self.class_token = _param(rngs, NORMAL, (embed_dim,), ('embed',))
-    self.position = _param(
-      rngs, NORMAL, (grid**2 + 1, embed_dim), (None, 'embed')
+    self.kernel = uniform((inputs, embed_dim), (None, 'embed'))
+    self.bias = uniform((embed_dim,), ('embed',))
+    self.class_token = _normal(rngs, std, (embed_dim,), ('embed',))
+    self.position = _normal(
+      rngs, std, (grid**2 + 1, embed_dim), (None, 'embed')
     )
 
   def __call__(
@@ -341,13 +350,17 @@ class Head(nnx.Module):
   """Tokens to logits: final norm, pooling, a dense layer."""
 
   def __init__(
-    self, embed_dim: int, num_classes: int, pool: str, *, rngs: nnx.Rngs
+    self,
+    embed_dim: int,
+    num_classes: int,
+    pool: str,
+    *,
+    std: float,
+    rngs: nnx.Rngs,
   ):
     self.pool = pool
     self.norm = LayerNorm(embed_dim)
-    self.kernel = _param(
-      rngs, NORMAL, (embed_dim, num_classes), ('embed', None)
-    )
+    self.kernel = _normal(rngs, std, (embed_dim, num_classes), ('embed', None))
     self.bias = nnx.Param(jnp.zeros(num_classes), axes=(None,))
 
   def __call__(

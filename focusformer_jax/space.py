@@ -274,10 +274,10 @@ BASE = SearchSpace(
 
 # Spaces of our own for small images, wide enough that subnets really differ.
 PIXELS8 = SearchSpace(
-  embed_dim=(16, 32, 48, 64),
-  depth=(1, 2, 3, 4),
+  embed_dim=(24, 40, 64),
+  depth=(1, 2, 3),
   num_heads=(1, 2, 3, 4),
-  mlp_ratio=(1.0, 2.0, 3.0, 4.0),
+  mlp_ratio=(1.0, 2.0, 3.0),
   head_dim=16,
 )
 PIXELS28 = SearchSpace(

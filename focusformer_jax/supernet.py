@@ -40,6 +40,8 @@ class Supernet(nnx.Module):
       example; layer i of L drops with probability linspace(0, drop_path, L)[i].
     dtype: of the computation; parameters stay float32.
     execution: 'masked' or 'switched'.
+    init_std: of the normal distribution that all matrices, tables, positions
+      and the class token start from; the reference's is 0.02.
     rngs: seeds of the initial parameters.
   """
 
@@ -52,6 +54,7 @@ class Supernet(nnx.Module):
     drop_path: float = 0.0,
     dtype: jax.typing.DTypeLike = jnp.float32,
     execution: str = 'masked',
+    init_std: float = 0.02,
     rngs: nnx.Rngs,
   ):
     self.space = space
@@ -64,6 +67,7 @@ class Supernet(nnx.Module):
       geometry.grid,
       geometry.patch_size,
       geometry.channels,
+      std=init_std,
       rngs=rngs,
     )
 
@@ -76,11 +80,14 @@ class Supernet(nnx.Module):
         space.head_dim,
         geometry.grid,
         geometry.max_relative_position,
+        std=init_std,
         rngs=rngs,
       )
 
     self.blocks = blocks(rngs.split(space.num_layers))
-    self.head = layers.Head(embed_dim, geometry.num_classes, pool, rngs=rngs)
+    self.head = layers.Head(
+      embed_dim, geometry.num_classes, pool, std=init_std, rngs=rngs
+    )
 
   def __call__(
     self,

@@ -138,8 +138,6 @@ def train(
         or preempted.is_set()
       ):
         checkpoints.save(step, state, iterators)
-        # Donation frees the state's buffers, so the copy must be done.
-        checkpoints.wait()
       if preempted.is_set():
         checkpoints.close()
         raise Preempted(f'stopped by SIGTERM at step {step}; saved')

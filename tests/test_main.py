@@ -58,7 +58,7 @@ def test_a_wrong_value_is_named(key, value, message):
   [
     (
       {'search__budgets': (1,)},
-      'config.search.budgets: wanted at least 36,5',
+      'config.search.budgets: wanted at least 56,7',
     ),
     ({'mesh__data': 3}, 'config.mesh: wanted data'),
     ({'data__batch_size': 36}, 'config.data.batch_size: wanted a multiple'),

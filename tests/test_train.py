@@ -118,7 +118,7 @@ def test_meshes_agree_with_one_device(tfds_dir, one_device, shape):
   np.testing.assert_allclose(losses, one_device[1], atol=1e-5)
   up = state.supernet.blocks.mlp.up.get_value()
   shards = {tuple(s.data.shape) for s in up.addressable_shards}
-  assert shards == {(4, 64, 256 // shape[1])}
+  assert shards == {(3, 64, 192 // shape[1])}
 
 
 def test_many_architectures_are_one_compilation(experiment, evaluator):
