@@ -189,8 +189,8 @@ def _check(recipe, images):
     raise ValueError(f'images: wanted 1 or 3 channels, found {channels}')
   if len(recipe.mean) not in (1, channels):
     raise ValueError(
-      f'mean: wanted 1 or {channels} numbers for images of {channels} '
-      f'channels, found {recipe.mean}'
+      f'mean: wanted one number, or {channels} as the images have channels, '
+      f'found {recipe.mean}'
     )
 
 

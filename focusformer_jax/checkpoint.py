@@ -48,7 +48,7 @@ class Checkpoints:
   def __init__(
     self, directory: epath.PathLike, facts: Mapping[str, Any], keep: int = 2
   ):
-    self.directory = epath.Path(directory)
+    self.directory = epath.Path(directory).resolve()
     self._facts = json.loads(json.dumps(facts))
     self._orbax = ocp.training.Checkpointer(
       self.directory,

@@ -2,7 +2,6 @@ import functools
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from PIL import ImageEnhance
@@ -24,9 +23,10 @@ FULL = augment.Recipe(
   mean=(0.5, 0.4, 0.3),
   std=(0.2, 0.3, 0.25),
 )
-# What Pillow itself is asked to do, at strength `s`, for every op.
+APPLY_OP = jax.jit(augment.apply_op)
 FILL = (7, 77, 177)
-STRENGTHS = (-1.0, -0.65, -0.3, 0.0, 0.15, 0.55, 0.9)
+# Pillow refuses to keep no bits at all, so strength 1 is checked by hand.
+STRENGTHS = (-0.95, -0.65, -0.3, 0.0, 0.15, 0.55, 0.9)
 
 
 def run(recipe, images, labels=None, key=KEY, num_classes=3):
@@ -105,12 +105,6 @@ def test_every_op_is_pillows(channels):
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply_op(op, strength, image):
-  """Compiled for each op alone, as constants: that folds most of it away."""
-  return augment.apply_op(op, jnp.float32(strength), jnp.full(1, 99.0), image)
-
-
 # Rows of 0, 16, 32, 48; 64, 80, ...
 STAIRS = (16 * np.arange(16, dtype=np.uint8)).reshape(4, 4, 1)
 RAMP = np.tile(20 * np.arange(4, dtype=np.uint8), 4).reshape(4, 4, 1)
@@ -139,20 +133,294 @@ HALVES = np.repeat([10, 200], 256).astype(np.uint8).reshape(16, 32, 1)
     ('SHARPNESS', 1.0, np.full_like(TWO, 9), np.full_like(TWO, 9)),
     ('ROTATE', 0.0, STAIRS, STAIRS),
     # 0.45 * 4 * s is one pixel, or two.
-    ('TRANSLATE_X', 1 / 1.8, STAIRS, [*STAIRS[:, 1:].swapaxes(0, 1), [[99]]]),
-    ('TRANSLATE_Y', -1 / 1.8, STAIRS, [[[99]] * 4, *STAIRS[:3]]),
+    (
+      'TRANSLATE_X',
+      1 / 1.8,
+      STAIRS,
+      [
+        [16, 32, 48, 99],
+        [80, 96, 112, 99],
+        [144, 160, 176, 99],
+        [208, 224, 240, 99],
+      ],
+    ),
+    (
+      'TRANSLATE_Y',
+      -2 / 1.8,
+      STAIRS,
+      [[99, 99, 99, 99], [99, 99, 99, 99], [0, 16, 32, 48], [64, 80, 96, 112]],
+    ),
     # 0.3 pixels a row, each worth 20; what is right of the image is 99.
     (
       'SHEAR_X',
       1.0,
       RAMP,
-      [[3, 23, 43, 60], [9, 29, 49, 99], [15, 35, 55, 99], [21, 41, 99, 99]],
+      [[3, 23, 43, 60], [9, 29, 49, 60], [15, 35, 55, 99], [21, 41, 60, 99]],
     ),
   ],
 )
 def test_op_by_hand(op, strength, image, expected):
-  found = np.asarray(apply_op(augment.Op[op], strength, image))
-  if op == 'TRANSLATE_X':
-    expected = np.concatenate([image[:, 1:], np.full((4, 1, 1), 99)], axis=1)
+  found = APPLY_OP(
+    augment.Op[op], np.float32(strength), np.full(1, 99.0), image
+  )
   expected = np.asarray(expected).reshape(image.shape)
   np.testing.assert_array_equal(found, expected)
+
+
+def test_ops_are_drawn_equally_often_and_half_of_the_time():
+  count = 20_000
+  recipe = augment.Recipe(randaugment_magnitude=5.0, randaugment_std=0.5)
+  draw = jax.jit(jax.vmap(functools.partial(augment.draw_op, recipe)))
+  ops, strengths = map(np.asarray, draw(jax.random.split(KEY, count)))
+  counts = np.bincount(ops, minlength=len(augment.Op))
+  assert abs(counts[0] / count - 0.5) < 0.015
+  assert stats.chisquare(counts[1:]).pvalue > 0.01
+  assert abs(np.mean(strengths > 0) - 0.5) < 0.015
+  # The magnitude is normal, and does not depend on op or sign.
+  assert stats.kstest(10 * np.abs(strengths), stats.norm(5, 0.5).cdf)[1] > 0.01
+  assert abs(np.corrcoef(ops, strengths)[0, 1]) < 0.02
+
+
+def test_magnitudes_are_clipped_at_10():
+  recipe = augment.Recipe(randaugment_magnitude=9.0, randaugment_std=0.5)
+  draw = jax.jit(jax.vmap(functools.partial(augment.draw_op, recipe)))
+  strengths = np.abs(draw(jax.random.split(KEY, 5000))[1])
+  assert strengths.max() == 1
+  # Two standard deviations above the mean.
+  assert abs(np.mean(strengths == 1) - stats.norm.sf(2)) < 0.01
+
+
+def test_randaugment_leaves_a_quarter_alone_with_two_layers():
+  images = photographs(400)
+  recipe = augment.Recipe(randaugment_layers=2)
+  found, _ = run(recipe, images)
+  same = np.all(np.isclose(found * 255, images, atol=1e-3), axis=(1, 2, 3))
+  # Some ops do nothing to noise, so a little more than a quarter.
+  assert 0.2 < np.mean(same) < 0.4
+
+
+def test_an_empty_recipe_normalises():
+  images = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
+  recipe = augment.Recipe(mean=(0.0, 0.2, 0.5), std=(1.0, 0.1, 0.25))
+  found, targets = run(recipe, images, np.array([2]))
+  np.testing.assert_allclose(found, [[[[0, 0, 2]]]], atol=1e-6)
+  evaluated = augment.normalise(recipe, images)
+  np.testing.assert_allclose(found, evaluated, atol=1e-6)
+  np.testing.assert_array_equal(targets, [[0, 0, 1]])
+
+
+def test_flip_is_a_mirror_half_of_the_time():
+  image = np.array([[1, 2], [3, 4]], np.uint8)[..., None]
+  found, _ = run(augment.Recipe(flip=True), np.stack([image] * 1000))
+  pixels = np.round(found * 255).astype(int)[..., 0]
+  flipped = pixels[:, 0, 0] == 2
+  np.testing.assert_array_equal(
+    np.unique(pixels, axis=0), [[[1, 2], [3, 4]], [[2, 1], [4, 3]]]
+  )
+  assert abs(np.mean(flipped) - 0.5) < 0.05
+
+
+def test_crop_offsets_are_uniform_and_what_comes_in_is_black():
+  size, padding, count = 6, 2, 2500
+  # Every pixel tells its place: 1 + 6 row + column.
+  image = np.arange(1, 37, dtype=np.uint8).reshape(size, size, 1)
+  padded = np.pad(image[..., 0], padding)
+  recipe = augment.Recipe(crop_padding=padding)
+  found, _ = run(recipe, np.stack([image] * count))
+  found = np.round(found * 255).astype(int)[..., 0]
+  # Pixel (2, 2) of every crop comes from inside of the image.
+  rows, columns = np.divmod(found[:, padding, padding] - 1, size)
+  for crop, row, column in zip(found, rows, columns):
+    window = padded[row : row + size, column : column + size]
+    np.testing.assert_array_equal(crop, window)
+  offsets = np.bincount(5 * rows + columns, minlength=25)
+  assert stats.chisquare(offsets).pvalue > 0.01
+
+
+def test_resized_crop_keeps_the_asked_for_share():
+  # Red counts rows and green columns, so slopes tell the size of a box.
+  rows, columns = np.meshgrid(*[np.arange(32) * 8] * 2, indexing='ij')
+  image = np.stack([rows, columns, 0 * rows], -1).astype(np.uint8)
+  recipe = augment.Recipe(resized_crop=(0.25, 0.5))
+  found, _ = run(recipe, np.stack([image] * 200))
+  found = found * 255
+  height = (found[:, 24, 16, 0] - found[:, 8, 16, 0]) / 16 / 8
+  width = (found[:, 16, 24, 1] - found[:, 16, 8, 1]) / 16 / 8
+  # Sides are whole pixels of 32, and slopes good to 1/128.
+  area, aspect = height * width, width / height
+  assert 0.25 - 0.03 < area.min() < 0.28
+  assert 0.47 < area.max() < 0.5 + 0.03
+  assert 0.75 - 0.06 < aspect.min() < 0.85
+  assert 1.2 < aspect.max() < 4 / 3 + 0.08
+  # Linear in, linear out.
+  middle = (found[:, 8, 16, 0] + found[:, 24, 16, 0]) / 2
+  np.testing.assert_allclose(found[:, 16, 16, 0], middle, atol=1)
+  np.testing.assert_array_equal(found[..., 2], 0)
+
+
+def test_resized_crop_of_everything_is_the_image():
+  images = photographs(20)
+  found, _ = run(augment.Recipe(resized_crop=(1.0, 1.0)), images)
+  np.testing.assert_allclose(found * 255, images, atol=1e-3)
+
+
+def test_erase_puts_noise_into_one_box():
+  images = np.zeros((1000, 16, 16, 1), np.uint8)
+  found, _ = run(augment.Recipe(erase=0.4), images)
+  erased = found[..., 0] != 0
+  chosen = erased.any(axis=(1, 2))
+  assert abs(np.mean(chosen) - 0.4) < 0.05
+  heights = erased.any(axis=2).sum(axis=1)[chosen]
+  widths = erased.any(axis=1).sum(axis=1)[chosen]
+  areas = erased.sum(axis=(1, 2))[chosen]
+  np.testing.assert_array_equal(areas, heights * widths)
+  # Sides round to whole pixels, hence the margins; the mean is unmoved.
+  assert areas.min() / 256 >= 0.015
+  assert areas.max() / 256 < 1 / 3 + 0.04
+  assert abs(areas.mean() / 256 - (0.02 + 1 / 3) / 2) < 0.02
+  assert abs(np.mean(np.log(widths / heights))) < 0.05
+  assert stats.kstest(found[erased], 'norm').pvalue > 0.01
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mix_two(recipe, keys):
+  """A black image of class 0 and a white one of class 1, for many keys."""
+  images = np.stack([np.zeros((8, 12, 1)), np.full((8, 12, 1), 255)])
+  return jax.vmap(
+    lambda key: augment.augment(
+      recipe, key, images.astype(np.uint8), np.array([0, 1]), 2
+    )
+  )(keys)
+
+
+def test_mixed_labels_follow_the_pixels():
+  recipe = augment.Recipe(mixup=0.8, cutmix=1.0, switch=0.3)
+  keys = jax.random.split(KEY, 2000)
+  images, targets = map(np.asarray, mix_two(recipe, keys))
+  # How much of the first image is the second: pixels are 0 and 1.
+  share = images[:, 0].mean(axis=(1, 2, 3))
+  np.testing.assert_allclose(targets[:, 0, 1], share, atol=1e-6)
+  np.testing.assert_allclose(targets.sum(axis=2), 1, atol=1e-6)
+  np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-6)
+  np.testing.assert_allclose(images[:, 0] + images[:, 1], 1, atol=1e-6)
+
+  binary = np.isin(images[:, 0], [0, 1]).all(axis=(1, 2, 3))
+  # A cutmix whose box is empty or everything would count as either.
+  assert abs(binary.mean() - 0.3) < 0.04
+  for image in images[binary, 0, ..., 0]:
+    rows, columns = image.any(axis=1), image.any(axis=0)
+    np.testing.assert_array_equal(image, np.outer(rows, columns))
+  uniform = images[~binary, 0].reshape(-1, 96)
+  assert np.all(uniform == uniform[:, :1])
+  # Beta(a, a) has variance 1 / (4 (2 a + 1)).
+  assert abs(uniform[:, 0].mean() - 0.5) < 0.03
+  assert abs(uniform[:, 0].var() - 1 / (4 * (2 * 0.8 + 1))) < 0.01
+
+
+def test_partner_is_the_mirror_in_the_batch():
+  images = np.arange(0, 60, 10, dtype=np.uint8).reshape(6, 1, 1, 1)
+  images = np.tile(images, (1, 4, 4, 1))
+  labels = np.arange(6)
+  recipe = augment.Recipe(mixup=1.0, label_smoothing=0.3)
+  found, targets = run(recipe, images, labels, num_classes=6)
+  # Each class is now a share of its own image and of its mirror.
+  share = targets[0, 0] - 0.05
+  own = share / (1 - 0.3)
+  assert 0.01 < own < 0.99
+  expected = own * images + (1 - own) * images[::-1]
+  np.testing.assert_allclose(found * 255, expected, atol=1e-3)
+  # timm's on and off values: 1 - 0.3 + 0.3 / 6 and 0.3 / 6.
+  hot = np.full((6, 6), 0.05)
+  hot[labels, labels] = 0.75
+  np.testing.assert_allclose(
+    targets, own * hot + (1 - own) * hot[::-1], atol=1e-6
+  )
+
+
+def test_a_key_is_a_batch_on_any_number_of_devices():
+  images, labels = photographs(16), np.arange(16) % 3
+  step = functools.partial(augment.augment, FULL, num_classes=3)
+  on_one = jax.jit(step)
+  one = on_one(KEY, images, labels)
+  other = on_one(jax.random.key(1), images, labels)
+  assert np.mean(np.asarray(one[0]) != np.asarray(other[0])) > 0.5
+
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  split = NamedSharding(mesh, PartitionSpec('data'))
+  whole = NamedSharding(mesh, PartitionSpec())
+  on_eight = jax.jit(
+    step, in_shardings=(whole, split, split), out_shardings=split
+  )
+  on_eight = on_eight.lower(KEY, images, labels).compile()
+  inputs = jax.device_put((KEY, images, labels), (whole, split, split))
+  for batch in (on_one(KEY, images, labels), on_eight(*inputs)):
+    np.testing.assert_array_equal(batch[0], one[0])
+    np.testing.assert_array_equal(batch[1], one[1])
+  # Only mixing moves anything, and never a whole batch to every device.
+  program = on_eight.as_text()
+  assert 'all-gather' not in program
+  assert 'all-reduce' not in program
+
+
+def test_an_image_does_not_depend_on_the_size_of_its_batch():
+  images = photographs(12)
+  recipe = augment.Recipe(flip=True, crop_padding=2)
+  small, _ = run(recipe, images[:5])
+  large, _ = run(recipe, images)
+  np.testing.assert_array_equal(small, large[:5])
+
+
+def test_compiled_is_eager():
+  # Few stages: without jit, every primitive compiles by itself.
+  images, labels = photographs(4), np.array([0, 1, 2, 0])
+  recipe = augment.Recipe(flip=True, label_smoothing=0.1)
+  eager = augment.augment(recipe, KEY, images, labels, 3)
+  compiled = run(recipe, images, labels)
+  np.testing.assert_allclose(eager[0], compiled[0], atol=1e-6)
+  np.testing.assert_allclose(eager[1], compiled[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('crop_padding', -1),
+    ('crop_padding', 1.5),
+    ('resized_crop', (0.0, 1.0)),
+    ('resized_crop', (0.8, 0.2)),
+    ('resized_crop', (0.5, 0.7, 0.9)),
+    ('flip', 0.5),
+    ('randaugment_layers', -2),
+    ('randaugment_magnitude', 11.0),
+    ('randaugment_std', float('nan')),
+    ('erase', 1.1),
+    ('mixup', -0.1),
+    ('cutmix', float('inf')),
+    ('switch', 2.0),
+    ('label_smoothing', -0.1),
+    ('mean', (123.7, 116.3, 103.5)),
+    ('mean', ()),
+    ('std', (0.0,)),
+    ('std', (1.0, 1.0, 1.0)),
+  ],
+)
+def test_a_recipe_refuses_nonsense(field, value):
+  with pytest.raises(ValueError) as error:
+    augment.Recipe(**{field: value})
+  message = str(error.value)
+  assert message.startswith(f'{field}: wanted')
+  assert message.endswith(f'found {value!r}')
+
+
+def test_a_recipe_refuses_two_crops():
+  with pytest.raises(ValueError, match='crop_padding: wanted 0 with'):
+    augment.Recipe(crop_padding=4, resized_crop=(0.5, 1.0))
+
+
+def test_refuses_images_that_do_not_fit():
+  recipe = augment.Recipe(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))
+  with pytest.raises(ValueError, match='images: wanted uint8, found float32'):
+    augment.normalise(recipe, np.zeros((1, 4, 4, 3), np.float32))
+  with pytest.raises(ValueError, match='mean: wanted one number, or 1 as'):
+    augment.normalise(recipe, np.zeros((1, 4, 4, 1), np.uint8))
+  with pytest.raises(ValueError, match='wanted 1 or 3 channels, found 4'):
+    augment.augment(recipe, KEY, np.zeros((1, 4, 4, 4), np.uint8), [0], 3)
