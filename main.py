@@ -10,6 +10,7 @@ from absl import app
 from absl import flags
 from absl import logging
 from etils import epath
+import jax
 from ml_collections import config_flags
 
 from focusformer_jax import errors
@@ -48,10 +49,19 @@ def _log_our_lines_only():
   )
 
 
+def _keep_compiled_programs():
+  """A second start compiles nothing; JAX_COMPILATION_CACHE_DIR moves it."""
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = epath.Path('~/.cache/focusformer_jax').expanduser()
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    jax.config.update('jax_compilation_cache_dir', str(cache))
+
+
 def main(argv):
   if len(argv) > 1:
     sys.exit(f'error: wanted flags alone, found {argv[1]}')
   _log_our_lines_only()
+  _keep_compiled_programs()
   try:
     run.run(settings.parse(CONFIG.value), epath.Path(WORKDIR.value), MODE.value)
   except errors.UserError as error:

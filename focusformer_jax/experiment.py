@@ -129,6 +129,19 @@ class Experiment:
       sharding.shardings(self.mesh, abstract),
     )
 
+  def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch of `data.Batch`."""
+    size, channels = self.geometry.image_size, self.geometry.channels
+    placed = jax.sharding.NamedSharding(self.mesh, sharding.BATCH)
+    return {
+      name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=placed)
+      for name, shape, dtype in (
+        ('image', (size, size, channels), jnp.uint8),
+        ('label', (), jnp.int32),
+        ('weight', (), jnp.float32),
+      )
+    }
+
   def init_state(self) -> state_lib.TrainState:
     """A new state, born with the shardings that the mesh asks for."""
     placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)

@@ -3,6 +3,7 @@
 import functools
 import signal
 import threading
+import time
 
 from absl import logging
 from clu import metric_writers
@@ -87,6 +88,15 @@ def train(
     state = checkpoints.restore(experiment.abstract_state, iterators)
     logging.info('resuming %s at step %d', workdir, int(state.step))
   first = int(state.step)
+  table = experiment.tables['macs']
+  logging.info(
+    '%.3g subnets from %.4g to %.4g MACs; a step of the largest takes %.4g '
+    'GFLOP',
+    experiment.space.num_architectures,
+    table.minimum,
+    table.maximum,
+    6e-9 * table.maximum * settings.data.batch_size,
+  )
   if first == 0:
     parameter_overview.log_parameter_overview(
       _values(state.supernet), include_stats=False, msg='supernet'
@@ -96,20 +106,21 @@ def train(
     )
 
   # Steps: two programs that own the state; the evaluator's only look at it.
-  supernet_step = jax.jit(
-    functools.partial(steps.supernet_step, experiment), donate_argnums=0
+  total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
+  supernet_step = _compile(
+    experiment, steps.supernet_step, settings.data.batch_size
   )
-  sampler_step = jax.jit(
-    functools.partial(steps.sampler_step, experiment), donate_argnums=0
-  )
+  if warmup < total:
+    sampler_step = _compile(
+      experiment, steps.sampler_step, settings.sampler.batch_size
+    )
 
   # The loop. A checkpoint is taken before the next batch is.
-  total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
   writer = metric_writers.create_default_writer(
     workdir / 'metrics', just_logging=jax.process_index() != 0
   )
   progress = periodic_actions.ReportProgress(
-    num_train_steps=total, writer=writer, every_secs=10
+    num_train_steps=total, every_secs=10
   )
   pending = []
   with _SigtermFlag() as preempted, metric_writers.ensure_flushes(writer):
@@ -143,6 +154,26 @@ def train(
         raise Preempted(f'stopped by SIGTERM at step {step}; saved')
   checkpoints.close()
   return state
+
+
+def _compile(experiment, step, batch_size: int):
+  """Compiles a step ahead of the loop, and says what it takes."""
+  start = time.monotonic()
+  compiled = (
+    jax.jit(functools.partial(step, experiment), donate_argnums=0)
+    .lower(experiment.abstract_state, experiment.abstract_batch(batch_size))
+    .compile()
+  )
+  memory = compiled.memory_analysis()
+  logging.info(
+    'compiled %s in %.0f s: a device holds %.3f GB of state and batch and '
+    '%.3f GB while it computes',
+    step.__name__,
+    time.monotonic() - start,
+    memory.argument_size_in_bytes / 1e9,
+    memory.temp_size_in_bytes / 1e9,
+  )
+  return compiled
 
 
 def _values(module) -> dict:
