@@ -5,7 +5,10 @@ Letters: `B` batch, `C` channels.
 
 from collections.abc import Iterator
 import dataclasses
+import socket
 from typing import TypedDict
+import urllib.parse
+import urllib.request
 
 import grain
 import numpy as np
@@ -130,7 +133,9 @@ def open_dataset(settings: settings_lib.Data) -> Dataset:
       f'{shape[0]}x{shape[1]}, found {settings.image_size}'
     )
   try:
-    builder.download_and_prepare()
+    if not builder.is_prepared():
+      _ask_for_network(builder)
+      builder.download_and_prepare()
   except Exception as error:  # Network, disk, checksum: TFDS raises anything.
     raise errors.UserError(
       f'config.data.name: {name} is not in {builder.data_dir} and cannot be '
@@ -139,6 +144,14 @@ def open_dataset(settings: settings_lib.Data) -> Dataset:
       'config.data.dir'
     ) from error
   return Dataset(builder, settings.heldout)
+
+
+def _ask_for_network(builder: tfds.core.DatasetBuilder) -> None:
+  """Looks each download's host up once; TFDS itself retries for minutes."""
+  if urllib.request.getproxies():  # Then a proxy does the looking up.
+    return
+  for host in {urllib.parse.urlsplit(u).hostname for u in builder.url_infos}:
+    socket.getaddrinfo(host, 443)
 
 
 def train_batches(

@@ -80,6 +80,7 @@ def pareto_plot(results: dict[str, Any]) -> bytes:
         color='0.4',
       )
   axes.set_xscale('log')
+  axes.margins(x=0.08, y=0.12)
   axes.set_xlabel({'macs': 'MACs of one image'}.get(cost, cost))
   axes.set_ylabel('test accuracy, %')
   axes.set_title(f'{results["data"]}: one supernet, every budget')
