@@ -31,6 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.image_size = 8
   # Share of TFDS's train split that rewards the sampler and is not trained on.
   c.data.heldout = 0.1
+  # The split that is scored in the end, and that nothing is chosen by.
+  c.data.test = 'test'
   # Images of one supernet update, over all devices.
   c.data.batch_size = 128
   # Images of one evaluation step, over all devices.

@@ -77,11 +77,11 @@ class Checkpoints:
       step, {'state': _named(state), **iterators}, custom_metadata=self._facts
     )
 
-  def wait(self) -> None:
-    """Returns when the checkpoint in hand is on disk."""
-    self._orbax.wait()
+  def __enter__(self) -> 'Checkpoints':
+    return self
 
-  def close(self) -> None:
+  def __exit__(self, *exception) -> None:
+    """Waits for the checkpoint in hand, also when training was interrupted."""
     self._orbax.close()
 
   def restore(

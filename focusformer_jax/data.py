@@ -14,6 +14,7 @@ import grain
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
 
 from focusformer_jax import datasets  # noqa: F401 (registers our builders)
 from focusformer_jax import errors
@@ -61,7 +62,7 @@ class Dataset:
   """
 
   builder: tfds.core.DatasetBuilder
-  heldout_share: float
+  settings: settings_lib.Data
 
   @property
   def num_classes(self) -> int:
@@ -75,27 +76,25 @@ class Dataset:
     """Reads 'train', 'heldout' or 'test' into memory.
 
     Raises:
-      UserError: the data set has no test images, or too few to hold any out.
+      UserError: no such test split, or too few images to hold any out.
     """
-    share = round(100 * (1 - self.heldout_share), 4)
-    first = int(self.builder.info.splits['train'].num_examples * share / 100)
-    splits = {
-      'train': f'train[:{first}]',
-      'heldout': f'train[{first}:]',
-      'test': next(
-        (s for s in ('test', 'validation') if s in self.builder.info.splits),
-        None,
-      ),
-    }
-    if splits[name] is None:
+    percent = 100 - round(100 * self.settings.heldout)
+    test, splits = self.settings.test, self.builder.info.splits
+    if splits and test not in splits:
       raise errors.UserError(
-        f'config.data.name: wanted a data set with a test or validation '
-        f'split, found {sorted(self.builder.info.splits)}'
+        f'config.data.test: wanted one of the splits {sorted(splits)} of '
+        f'{self.settings.name}, found {test!r}'
       )
-    source = self.builder.as_data_source(splits[name])
+    parts = {
+      'train': f'train[:{percent}%]',
+      'heldout': f'train[{percent}%:]',
+      'test': test,
+    }
+    source = self.builder.as_data_source(parts[name])
     if not len(source):
       raise errors.UserError(
-        f'config.data.heldout: {self.heldout_share} leaves no images for {name}'
+        f'config.data.heldout: {self.settings.heldout} leaves no images '
+        f'for {name}'
       )
     examples = [source[i] for i in range(len(source))]
     return Source(
@@ -134,7 +133,7 @@ def open_dataset(settings: settings_lib.Data) -> Dataset:
     )
   try:
     if not builder.is_prepared():
-      _ask_for_network(builder)
+      _stop_retrying_unknown_hosts(builder)
       builder.download_and_prepare()
   except Exception as error:  # Network, disk, checksum: TFDS raises anything.
     raise errors.UserError(
@@ -143,15 +142,19 @@ def open_dataset(settings: settings_lib.Data) -> Dataset:
       '--file_format=array_record` where there is a network and set '
       'config.data.dir'
     ) from error
-  return Dataset(builder, settings.heldout)
+  return Dataset(builder, settings)
 
 
-def _ask_for_network(builder: tfds.core.DatasetBuilder) -> None:
-  """Looks each download's host up once; TFDS itself retries for minutes."""
-  if urllib.request.getproxies():  # Then a proxy does the looking up.
+def _stop_retrying_unknown_hosts(builder: tfds.core.DatasetBuilder) -> None:
+  """Without a network TFDS would try again for minutes before it says so."""
+  if urllib.request.getproxies():  # Then a proxy looks hosts up.
     return
-  for host in {urllib.parse.urlsplit(u).hostname for u in builder.url_infos}:
-    socket.getaddrinfo(host, 443)
+  urls = builder.url_infos or ()
+  for host in {urllib.parse.urlsplit(url).hostname for url in urls}:
+    try:
+      socket.getaddrinfo(host, 443)
+    except OSError:
+      downloader.MAX_RETRIES = 0
 
 
 def train_batches(

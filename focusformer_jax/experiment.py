@@ -171,19 +171,21 @@ def create(settings: settings_lib.Settings, devices=None) -> Experiment:
       of the space can meet.
   """
   mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices)
-  shards = mesh.size
+  shards, subnets = mesh.size, settings.curriculum.subnets
+  if shards % subnets and subnets % shards:
+    raise errors.UserError(
+      f'config.curriculum.subnets: wanted a divisor or a multiple of the '
+      f'{shards} devices of the mesh, found {subnets}'
+    )
   for key, size in (
-    (
-      'data.batch_size',
-      settings.data.batch_size // settings.curriculum.subnets,
-    ),
+    ('data.batch_size', settings.data.batch_size),
     ('data.eval_batch_size', settings.data.eval_batch_size),
     ('sampler.batch_size', settings.sampler.batch_size),
   ):
     if size % shards:
       raise errors.UserError(
-        f'config.{key}: wanted a multiple of the {shards} devices of the mesh '
-        f'(for each subnet of a step), found {size}'
+        f'config.{key}: wanted a multiple of the {shards} devices of the '
+        f'mesh, found {size}'
       )
   experiment = Experiment(settings, data.open_dataset(settings.data), mesh)
   table = experiment.budgets.table

@@ -59,10 +59,8 @@ def _restore(experiment, workdir):
       f'--workdir: wanted a trained run in {workdir}, found no checkpoint; '
       'use --mode=train first'
     )
-  checkpoints = train.open_checkpoints(experiment, workdir)
-  state = checkpoints.restore(experiment.abstract_state)
-  checkpoints.close()
-  return state
+  with train.open_checkpoints(experiment, workdir) as checkpoints:
+    return checkpoints.restore(experiment.abstract_state)
 
 
 def _is_of(results: epath.Path, state) -> bool:

@@ -32,7 +32,8 @@ class Data:
   name: str
   dir: str | None
   image_size: int = _number(at_least=1)
-  heldout: float = _number(above=0, at_most=0.9)
+  heldout: float = _number(at_least=0.01, at_most=0.9)
+  test: str
   batch_size: int = _number(at_least=1)
   eval_batch_size: int = _number(at_least=1)
 

@@ -48,7 +48,12 @@ def supernet_step(
   )
 
   def loss_fn(supernet: supernet_lib.Supernet):
-    logits_BC = supernet.grouped(images, archs, key(state_lib.Stream.DROP_PATH))
+    logits_BC = supernet.grouped(
+      images,
+      archs,
+      key(state_lib.Stream.DROP_PATH),
+      experiment.mesh,
+    )
     return optax.softmax_cross_entropy(logits_BC, targets_BC).mean()
 
   loss, grads = jax.value_and_grad(loss_fn)(state.supernet)

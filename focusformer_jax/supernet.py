@@ -20,6 +20,7 @@ from typing import Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 import numpy as np
 
@@ -102,6 +103,83 @@ class Supernet(nnx.Module):
       arch: one architecture.
       key: seeds drop path; None switches it off, as in evaluation.
     """
+    return self._run(
+      images_BHWC, arch, self._keep_branches(key, len(images_BHWC))
+    )
+
+  def grouped(
+    self,
+    images_BHWC: Float[Array, 'B height width C'],
+    archs: space_lib.Architecture,
+    key: jax.Array | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+  ) -> Float[Array, 'B C']:
+    """Logits of S subnets: the batch is S equal parts, one for each in order.
+
+    Under a mesh that only replicates parameters, every device runs its own
+    subnets on its own images, and gradients meet in one all-reduce: no
+    collective stands inside a layer, nor inside a branch that another device
+    does not take. S has to divide the devices then, or they S.
+
+    Args:
+      images_BHWC: normalised images; S divides B.
+      archs: a batch of S architectures.
+      key: seeds drop path, alike on every mesh; None switches it off.
+      mesh: of axes `data` and `fsdp` that the images are sharded over.
+    """
+    keep = self._keep_branches(key, len(images_BHWC))
+    if mesh is None or mesh.size == 1 or mesh.shape['fsdp'] > 1:
+      return self._run_groups(images_BHWC, archs, keep)
+
+    axes = tuple(mesh.axis_names)
+    devices, S = mesh.size, archs.depth.shape[0]
+    mine = max(S // devices, 1)
+
+    def local(supernet, images_BHWC, archs, keep):
+      # Cast out here, so that the sum of gradients stays out here as well.
+      supernet = jax.tree.map(
+        lambda leaf: jax.lax.pcast(leaf, axes, to='varying'), supernet
+      )
+      first = jax.lax.axis_index(axes) * S // devices
+      archs = jax.tree.map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, mine), archs
+      )
+      return supernet._run_groups(images_BHWC, archs, keep)
+
+    batch = PartitionSpec(axes)
+    return jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=(
+        PartitionSpec(),
+        batch,
+        PartitionSpec(),
+        PartitionSpec(None, None, axes),
+      ),
+      out_specs=batch,
+    )(self, images_BHWC, archs, keep)
+
+  def _run_groups(self, images_BHWC, archs, keep):
+    S, B = archs.depth.shape[0], len(images_BHWC)
+    groups = images_BHWC.reshape(S, B // S, *images_BHWC.shape[1:])
+    if keep is not None:
+      keep = keep.reshape(*keep.shape[:2], S, B // S, 1, 1)
+    if S == 1:
+      # Without a batch of one: XLA does not see through it.
+      arch = jax.tree.map(lambda leaf: leaf[0], archs)
+      keep = None if keep is None else keep[:, :, 0]
+      return self._run(groups[0], arch, keep)
+    if self.execution == 'masked':
+      logits = jax.vmap(self._run, (0, 0, 2))(groups, archs, keep)
+    else:
+      # Under `vmap` a switch runs every branch, so the groups take turns.
+      keep = None if keep is None else jnp.moveaxis(keep, 2, 0)
+      logits = jax.lax.map(
+        lambda group: self._run(*group), (groups, archs, keep)
+      )
+    return logits.reshape(B, -1)
+
+  def _run(self, images_BHWC, arch, keep):
     x_BND = self.stem(images_BHWC.astype(self.dtype))
     depth = jnp.asarray(self.space.depth)[arch.depth]
     scanned = (
@@ -109,40 +187,10 @@ class Supernet(nnx.Module):
       jnp.arange(self.space.num_layers) < depth,
       arch.num_heads,
       arch.mlp_ratio,
-      self._keep_branches(key, len(images_BHWC)),
+      keep,
     )
     run = {'masked': self._masked, 'switched': self._switched}[self.execution]
     return run(x_BND, arch.embed_dim, scanned)
-
-  def grouped(
-    self,
-    images_BHWC: Float[Array, 'B height width C'],
-    archs: space_lib.Architecture,
-    key: jax.Array | None = None,
-  ) -> Float[Array, 'B C']:
-    """Logits of S subnets, each on its own share of the batch.
-
-    Example i belongs to subnet i % S, so that a batch sharded over devices
-    gives every device its part of each group. S must divide B.
-    """
-    S = archs.depth.shape[0]
-    B = len(images_BHWC)
-    groups = images_BHWC.reshape(B // S, S, *images_BHWC.shape[1:])
-    if self.execution == 'masked':
-      keys = None if key is None else jax.random.split(key, S)
-      logits = jax.vmap(
-        type(self).__call__, (None, 1, 0, None if key is None else 0), 1
-      )(self, groups, archs, keys)
-    else:
-      # Under `vmap` a switch runs every branch, so the groups take turns.
-      keys = jax.random.split(jax.random.key(0) if key is None else key, S)
-      logits = jax.lax.map(
-        lambda group: self(
-          group[0], group[1], None if key is None else group[2]
-        ),
-        (groups.swapaxes(0, 1), archs, keys),
-      ).swapaxes(0, 1)
-    return logits.reshape(B, -1)
 
   def _keep_branches(self, key, batch) -> Float[Array, 'L 2 B 1 1'] | None:
     """What each residual branch of each example is multiplied by."""

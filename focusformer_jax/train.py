@@ -46,9 +46,8 @@ def is_finished(
   """Whether the last step's checkpoint is there."""
   if not (workdir / CHECKPOINTS).exists():
     return False
-  checkpoints = open_checkpoints(experiment, workdir)
-  latest = checkpoints.latest_step
-  checkpoints.close()
+  with open_checkpoints(experiment, workdir) as checkpoints:
+    latest = checkpoints.latest_step
   return latest is not None and latest >= experiment.settings.train.steps
 
 
@@ -68,45 +67,43 @@ def train(
   process = jax.process_index(), jax.process_count()
 
   # Data: the supernet learns from one part of train, the sampler from another.
-  train_source = experiment.dataset.split('train')
-  heldout_source = experiment.dataset.split('heldout')
+  heldout = experiment.dataset.split('heldout')
   iterators = {
     'train': data.train_batches(
-      train_source, settings.data.batch_size, settings.seed, *process
+      experiment.dataset.split('train'),
+      settings.data.batch_size,
+      settings.seed,
+      *process,
     ),
     'heldout': data.train_batches(
-      heldout_source, settings.sampler.batch_size, settings.seed, *process
+      heldout,
+      settings.sampler.batch_size,
+      settings.seed,
+      *process,
     ),
   }
 
   # State: the newest checkpoint if there is one, else born sharded.
-  checkpoints = open_checkpoints(experiment, workdir)
-  if checkpoints.latest_step is None:
-    state = experiment.init_state()
-    logging.info('a new run in %s', workdir)
-  else:
-    state = checkpoints.restore(experiment.abstract_state, iterators)
-    logging.info('resuming %s at step %d', workdir, int(state.step))
-  first = int(state.step)
-  table = experiment.tables['macs']
-  logging.info(
-    '%.3g subnets from %.4g to %.4g MACs; a step of the largest takes %.4g '
-    'GFLOP',
-    experiment.space.num_architectures,
-    table.minimum,
-    table.maximum,
-    6e-9 * table.maximum * settings.data.batch_size,
-  )
-  if first == 0:
-    parameter_overview.log_parameter_overview(
-      _values(state.supernet), include_stats=False, msg='supernet'
-    )
-    parameter_overview.log_parameter_overview(
-      _values(state.policy), include_stats=False, msg='sampler'
+  with open_checkpoints(experiment, workdir) as checkpoints:
+    if checkpoints.latest_step is None:
+      state = experiment.init_state()
+      _log_overview(experiment, state)
+    else:
+      state = checkpoints.restore(experiment.abstract_state, iterators)
+      logging.info('resuming %s at step %d', workdir, int(state.step))
+    return _loop(
+      experiment, evaluator, checkpoints, iterators, heldout, state, workdir
     )
 
-  # Steps: two programs that own the state; the evaluator's only look at it.
+
+def _loop(
+  experiment, evaluator, checkpoints, iterators, heldout, state, workdir
+):
+  """Updates the state to the last step; see `train`."""
+  settings = experiment.settings
   total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
+
+  # Two programs own the state; the evaluator's only look at it.
   supernet_step = _compile(
     experiment, steps.supernet_step, settings.data.batch_size
   )
@@ -115,7 +112,9 @@ def train(
       experiment, steps.sampler_step, settings.sampler.batch_size
     )
 
-  # The loop. A checkpoint is taken before the next batch is.
+  def next_batch(name):
+    return sharding.put_batch(experiment.mesh, next(iterators[name]))
+
   writer = metric_writers.create_default_writer(
     workdir / 'metrics', just_logging=jax.process_index() != 0
   )
@@ -124,36 +123,45 @@ def train(
   )
   pending = []
   with _SigtermFlag() as preempted, metric_writers.ensure_flushes(writer):
-    for step in range(first + 1, total + 1):
-      batch = sharding.put_batch(experiment.mesh, next(iterators['train']))
-      state, metrics = supernet_step(state, batch)
+    for step in range(int(state.step) + 1, total + 1):
+      state, metrics = supernet_step(state, next_batch('train'))
       if step > warmup and step % settings.sampler.every == 0:
-        batch = sharding.put_batch(experiment.mesh, next(iterators['heldout']))
-        state, sampled = sampler_step(state, batch)
+        state, sampled = sampler_step(state, next_batch('heldout'))
         metrics |= sampled
       pending.append(metrics)
       progress(step)
 
-      if step % settings.train.log_every == 0 or step == total:
+      last = step == total or preempted.is_set()
+      if last or step % settings.train.log_every == 0:
         means = _means(pending)
         _stop_if_broken(means, step, settings.train.max_skipped, checkpoints)
         writer.write_scalars(step, means)
         pending = []
-      if step % settings.train.eval_every == 0 or step == total:
-        writer.write_scalars(
-          step, _look(experiment, evaluator, state, heldout_source)
-        )
-      if (
-        step % settings.train.checkpoint_every == 0
-        or step == total
-        or preempted.is_set()
-      ):
+      if step == total or step % settings.train.eval_every == 0:
+        writer.write_scalars(step, _look(experiment, evaluator, state, heldout))
+      # A checkpoint is taken before the next batch is.
+      if last or step % settings.train.checkpoint_every == 0:
         checkpoints.save(step, state, iterators)
-      if preempted.is_set():
-        checkpoints.close()
+      if preempted.is_set() and step < total:
         raise Preempted(f'stopped by SIGTERM at step {step}; saved')
-  checkpoints.close()
   return state
+
+
+def _log_overview(experiment, state):
+  """What is about to be trained, once."""
+  table = experiment.tables['macs']
+  logging.info(
+    '%.3g subnets from %.4g to %.4g MACs; a step of the largest takes %.4g '
+    'GFLOP',
+    experiment.space.num_architectures,
+    table.minimum,
+    table.maximum,
+    6e-9 * table.maximum * experiment.settings.data.batch_size,
+  )
+  for name in ('supernet', 'policy'):
+    parameter_overview.log_parameter_overview(
+      _values(getattr(state, name)), include_stats=False, msg=name
+    )
 
 
 def _compile(experiment, step, batch_size: int):

@@ -33,7 +33,7 @@ def parse(**changes) -> settings_lib.Settings:
     ('train__steps', 1.5, 'config.train.steps: wanted int, found 1.5'),
     ('train__steps', True, 'config.train.steps: wanted int, found True'),
     ('train__more', 1, 'config.train.more: no such key'),
-    ('data__heldout', 0.0, 'config.data.heldout: wanted more than 0'),
+    ('data__heldout', 0.0, 'config.data.heldout: wanted at least 0.01'),
     ('data__heldout', 0.95, 'config.data.heldout: wanted at most 0.9'),
     ('data__name', 3, 'config.data.name: wanted str, found 3'),
     ('curriculum__name', 'x', 'config.curriculum.name: wanted one of'),

@@ -42,7 +42,7 @@ def test_groups_are_subnets_on_their_shares_of_the_batch(execution, images):
   )
   for i, arch in enumerate(archs):
     np.testing.assert_allclose(
-      logits[i::2], apply(net, images, arch)[i::2], atol=1e-5
+      logits[4 * i :][:4], apply(net, images, arch)[4 * i :][:4], atol=1e-5
     )
 
 

@@ -70,9 +70,8 @@ def test_resumes_bit_for_bit(experiment, evaluator, tmp_path, monkeypatch):
     train.train(experiment, evaluator, tmp_path / 'killed')
   monkeypatch.undo()
 
-  checkpoints = train.open_checkpoints(experiment, tmp_path / 'killed')
-  assert checkpoints.latest_step == 4
-  checkpoints.close()
+  with train.open_checkpoints(experiment, tmp_path / 'killed') as checkpoints:
+    assert checkpoints.latest_step == 4
   resumed = train.train(experiment, evaluator, tmp_path / 'killed')
   # Weights, both optimizers, sampler, counts and the step.
   assert_equal(resumed, undisturbed)
@@ -109,7 +108,7 @@ def one_device(experiment):
   return run_steps(experiment, 6)
 
 
-@pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
+@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (2, 4)])
 def test_meshes_agree_with_one_device(tfds_dir, one_device, shape):
   experiment = experiment_lib.create(
     smoke_settings(tfds_dir, mesh__data=shape[0], mesh__fsdp=shape[1])
