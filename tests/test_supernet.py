@@ -1,10 +1,14 @@
 """The claim of one-shot search: a subnet is a slice of the supernet."""
 
+import functools
+import re
+
 import jax
 import numpy as np
 import pytest
 
 from focusformer_jax import layers
+from focusformer_jax import sharding
 from focusformer_jax import space as space_lib
 from focusformer_jax import subnet
 from focusformer_jax import supernet as supernet_lib
@@ -116,3 +120,28 @@ def test_distance_index_by_hand():
   # Three patches in a row, distances clipped to 1; the class token is last.
   wanted = [[2, 3, 3, 0], [1, 2, 3, 0], [1, 1, 2, 0], [0, 0, 0, 0]]
   assert layers.distance_index(3, 1).tolist() == wanted
+
+
+@pytest.mark.parametrize('execution', supernet_lib.EXECUTIONS)
+def test_gradients_of_data_parallel_devices_meet_once(execution, images):
+  net = NETS[execution]
+  archs = space_lib.stack([TINY.smallest(), TINY.largest()])
+  mesh = sharding.make_mesh(8, 1)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  @jax.value_and_grad
+  def loss_and_grad(net, mesh):
+    return (net.grouped(images, archs, None, mesh) ** 2).sum()
+
+  loss, grads = loss_and_grad(net, mesh)
+  wanted_loss, wanted = loss_and_grad(net, None)
+  assert loss == pytest.approx(wanted_loss, rel=1e-5)
+  for one, other in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True
+  ):
+    np.testing.assert_allclose(one, other, atol=1e-4)
+  program = loss_and_grad.lower(net, mesh).compile().as_text()
+  collectives = re.findall(
+    r'(all-\w+|reduce-scatter|collective-\w+)\(', program
+  )
+  assert collectives == ['all-reduce']

@@ -1,0 +1,288 @@
+"""Times a train step and a forward pass against the machine's own matmul.
+
+  python benchmarks/speed.py --geometry 224/16 --execution switched
+  python benchmarks/speed.py --json speed.json \
+      --peer 'path/to/torch/python benchmarks/torch_vit.py'
+
+One compiled program per (geometry, execution, phase) runs the smallest, middle
+and largest subnet of the tiny space. Everything is timed in turns, matmuls
+included, so that a machine that slows down slows all of it; times are medians.
+
+The floor is what matrix products alone would take: 2 FLOPs per MAC forward, 3
+times that for training, at the rate of a plain float32 `jnp.matmul`: the better
+of one shaped like the network's, (3152, 240) @ (240, 960), and of one of 2048
+cubed. `of floor` is floor / measured; 1 would be matrix products and no more.
+MACs are those of `cost.macs`: no relative position, no rematerialisation.
+
+A peer is any program that, started as `COMMAND GEOMETRY SUBNETS`, prints one
+line `{"smallest": seconds, "middle": seconds, "largest": seconds}` of its own
+train steps (other lines may come before it) and exits. SUBNETS is JSON: batch,
+channels, classes and, under `subnets`, what `SearchSpace.to_json` says of each,
+with `mlp_dim` a layer. Peer and our own rounds alternate; `peer/ours` is the
+median of the ratios of neighbouring rounds, above 1 where ours is faster.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from focusformer_jax import cost
+from focusformer_jax import optim
+from focusformer_jax import space as space_lib
+from focusformer_jax import supernet as supernet_lib
+
+SPACE = space_lib.TINY
+# Geometry and batch: ImageNet's usual sizes, and 65 tokens of small images.
+CASES = {
+  '224/16': (space_lib.Geometry(224, 16, 3, 1000), 16),
+  '32/4': (space_lib.Geometry(32, 4, 3, 100), 128),
+}
+PHASES = ('train', 'forward')
+SUBNETS = {
+  'smallest': SPACE.smallest(),
+  'middle': SPACE.middle(),
+  'largest': SPACE.largest(),
+}
+# (rows, inner, columns) and how often in a row, some 20 ms each.
+MATMULS = (((3152, 240, 960), 3), ((2048, 2048, 2048), 1))
+
+
+class Matmuls:
+  """Measures the float32 matmul rate."""
+
+  def __init__(self):
+    ones = jnp.ones
+    self.operands = [
+      (ones((m, k)), ones((k, n)), 2 * m * k * n * repeats, repeats)
+      for (m, k, n), repeats in MATMULS
+    ]
+    self.matmul = jax.jit(jnp.matmul)
+    self.rate()  # Compiles.
+
+  def rate(self) -> float:
+    """FLOP/s of the better shape, once measured."""
+    rates = []
+    for a, b, flops, repeats in self.operands:
+      start = time.perf_counter()
+      jax.block_until_ready([self.matmul(a, b) for _ in range(repeats)])
+      rates.append(flops / (time.perf_counter() - start))
+    return max(rates)
+
+
+class Program:
+  """One compiled program with the state it updates."""
+
+  def __init__(self, geometry_name: str, execution: str, phase: str):
+    self.key = (geometry_name, execution, phase)
+    geometry, batch = CASES[geometry_name]
+    supernet = supernet_lib.Supernet(
+      SPACE, geometry, execution=execution, rngs=nnx.Rngs(0)
+    )
+    optimizer = optax.adamw(1e-4, weight_decay=0.05, mask=optim.decayed)
+    side = geometry.image_size
+    images_BHWC = jax.random.normal(
+      jax.random.key(1), (batch, side, side, geometry.channels)
+    )
+    labels_B = jnp.arange(batch) % geometry.num_classes
+    self.batch = (images_BHWC, labels_B)
+
+    def train(state, batch, arch):
+      supernet, optimizer_state = state
+      images_BHWC, labels_B = batch
+
+      def loss_fn(supernet):
+        return optax.softmax_cross_entropy_with_integer_labels(
+          supernet(images_BHWC, arch), labels_B
+        ).mean()
+
+      loss, grads = jax.value_and_grad(loss_fn)(supernet)
+      updates, optimizer_state = optimizer.update(
+        grads, optimizer_state, supernet
+      )
+      return (optax.apply_updates(supernet, updates), optimizer_state), loss
+
+    def forward(state, batch, arch):
+      return state, state[0](batch[0], arch)
+
+    self.state = supernet, optimizer.init(supernet)
+    step = {'train': train, 'forward': forward}[phase]
+    start = time.perf_counter()
+    self.step = (
+      jax.jit(step, donate_argnums=0)
+      .lower(self.state, self.batch, SUBNETS['largest'])
+      .compile()
+    )
+    self.compile_seconds = time.perf_counter() - start
+    memory = self.step.memory_analysis()
+    # Donated arguments are outputs too.
+    self.peak_bytes = (
+      memory.temp_size_in_bytes
+      + memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+    )
+
+  def seconds(self, subnet: str) -> float:
+    """Of one step of a subnet, once measured."""
+    start = time.perf_counter()
+    self.state, result = self.step(self.state, self.batch, SUBNETS[subnet])
+    jax.block_until_ready((self.state, result))
+    return time.perf_counter() - start
+
+
+def floor(key: tuple[str, str, str], subnet: str, rate: float) -> float:
+  """Seconds that the matrix products of a step take at `rate` FLOP/s."""
+  geometry_name, _, phase = key
+  geometry, batch = CASES[geometry_name]
+  passes = {'train': 3, 'forward': 1}[phase]
+  macs = cost.macs(SPACE, geometry).of(SUBNETS[subnet])
+  return 2 * passes * macs * batch / rate
+
+
+def peer_seconds(command: str, geometry_name: str) -> dict[str, float]:
+  """What one run of the peer answers for a geometry."""
+  geometry, batch = CASES[geometry_name]
+  described = {
+    'batch': batch,
+    'channels': geometry.channels,
+    'classes': geometry.num_classes,
+    'subnets': {name: describe(arch) for name, arch in SUBNETS.items()},
+  }
+  answer = subprocess.run(
+    [*shlex.split(command), geometry_name, json.dumps(described)],
+    check=True,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  return json.loads(answer.stdout.strip().splitlines()[-1])
+
+
+def describe(arch: space_lib.Architecture) -> dict:
+  """The sizes of a subnet, for a program that does not know our space."""
+  sizes = SPACE.to_json(arch)
+  width = sizes['embed_dim']
+  ratios = sizes.pop('mlp_ratio')
+  return sizes | {'mlp_dim': [SPACE.mlp_dim(width, r) for r in ratios]}
+
+
+def measure(programs: list[Program], repeats: int, peer: str | None):
+  """Seconds, matmul rates and peer ratios, each a list over the rounds."""
+  matmuls = Matmuls()
+  seconds, ratios = collections.defaultdict(list), collections.defaultdict(list)
+  rates = []
+  for program in programs:
+    for subnet in SUBNETS:
+      program.seconds(subnet)  # The first run pages memory in.
+  for _ in range(repeats):
+    for program in programs:
+      for subnet in SUBNETS:
+        rates.append(matmuls.rate())
+        seconds[program.key, subnet].append(program.seconds(subnet))
+    if peer is None:
+      continue
+    for name in {program.key[0]: None for program in programs}:
+      theirs = peer_seconds(peer, name)
+      for (key, subnet), ours in seconds.items():
+        if key[0] == name and key[2] == 'train':
+          ratios[key, subnet].append(theirs[subnet] / ours[-1])
+  return seconds, rates, ratios
+
+
+def table(programs, seconds, rate, ratios) -> list[dict]:
+  """Prints every row; returns them for --json."""
+  rows = []
+  print(f'matmul: {rate / 1e9:.0f} GFLOP/s\n')
+  print('geometry  execution  phase    subnet    seconds  of floor  peer/ours')
+  for program in programs:
+    for subnet in SUBNETS:
+      key = program.key, subnet
+      median = float(np.median(seconds[key]))
+      row = dict(zip(('geometry', 'execution', 'phase'), program.key))
+      row |= {
+        'subnet': subnet,
+        'seconds': median,
+        'of_floor': floor(*key, rate) / median,
+      }
+      if key in ratios:
+        row['peer_ratio'] = float(np.median(ratios[key]))
+      rows.append(row)
+      print(
+        '{:9} {:10} {:8} {:9}'.format(*program.key, subnet),
+        f'{median:7.3f}  {row["of_floor"]:8.2f}  ',
+        f'{row["peer_ratio"]:8.2f}' if key in ratios else '       -',
+      )
+    paired = np.divide(
+      seconds[program.key, 'smallest'], seconds[program.key, 'largest']
+    )
+    print(
+      f'  smallest/largest {np.median(paired):.2f}, '
+      f'compiled in {program.compile_seconds:.1f} s, '
+      f'{program.peak_bytes / 2**30:.2f} GiB\n'
+    )
+  return rows
+
+
+def executions_compared(programs, seconds):
+  """Prints how much faster slices are than masks, where both ran."""
+  for program in programs:
+    name, execution, phase = program.key
+    masked = name, 'masked', phase
+    if execution != 'switched' or (masked, 'largest') not in seconds:
+      continue
+    paired = {
+      subnet: np.divide(seconds[masked, subnet], seconds[program.key, subnet])
+      for subnet in SUBNETS
+    }
+    print(
+      f'{name} {phase}: masked/switched',
+      ', '.join(f'{s} {np.median(r):.2f}' for s, r in paired.items()),
+    )
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  every = {
+    'geometry': tuple(CASES),
+    'execution': supernet_lib.EXECUTIONS,
+    'phase': PHASES,
+  }
+  for name, choices in every.items():
+    parser.add_argument(f'--{name}', choices=choices, help='default: all')
+  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--json', type=pathlib.Path, help='write the rows here')
+  parser.add_argument('--peer', metavar='COMMAND', help='time it in turns')
+  args = parser.parse_args()
+  geometries, executions, phases = (
+    choices if getattr(args, name) is None else (getattr(args, name),)
+    for name, choices in every.items()
+  )
+  programs = [
+    Program(geometry, execution, phase)
+    for geometry in geometries
+    for execution in executions
+    for phase in phases
+  ]
+  seconds, rates, ratios = measure(programs, args.repeats, args.peer)
+  rows = table(programs, seconds, float(np.median(rates)), ratios)
+  executions_compared(programs, seconds)
+  if args.json:
+    args.json.write_text(json.dumps({'rows': rows}, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()
