@@ -147,10 +147,10 @@ def num_bytes(hlo_type: str) -> int:
 def collectives(hlo: str) -> list[dict]:
   """Number and bytes of each kind of collective of a compiled module.
 
-  The parts of an asynchronous collective share a channel and count once. Its
-  bytes are those of what goes in or what comes out, whichever are more. The
-  TPU compiler writes many a reduce-scatter as a fusion around an all-reduce of
-  which each chip keeps a part; the fusion's name tells.
+  The compiler spreads an asynchronous collective over fusions that share its
+  channel: they count once. Its bytes are those of what goes in or what comes
+  out, whichever are more. Many a reduce-scatter is written as a fusion around
+  an all-reduce of which each chip keeps a part; the fusion's name tells.
   """
   types, found, called, loops = {}, {}, collections.defaultdict(set), set()
   computation = ''
@@ -174,7 +174,7 @@ def collectives(hlo: str) -> list[dict]:
         if computation.startswith('all-reduce-scatter'):
           kind = 'reduce-scatter'
         channel = re.search(r'channel_id=(\d+)', rest)
-        key = channel[1] if channel else name
+        key = channel[1] if channel and 'fus' in computation else name
         found[key] = kind, computation, max(before, after)
 
   waiting = list(loops)
