@@ -376,24 +376,27 @@ def apply_op(
 
 def _look_up(op, severity, image_HWC):
   """The ops that map values to values: one table a channel."""
-  pixels_PC = image_HWC.reshape(-1, image_HWC.shape[-1]).astype(jnp.int32)
-  values_V1 = jnp.arange(256)[:, None]
-  low_C, high_C = jnp.min(pixels_PC, axis=0), jnp.max(pixels_PC, axis=0)
-  stretched_VC = (values_V1 - low_C) * 255 // jnp.maximum(high_C - low_C, 1)
-  stretched_VC = jnp.where(high_C > low_C, stretched_VC, values_V1)
+  # Channels first: a TPU pads the last axis of an array to 128.
+  pixels_CP = image_HWC.reshape(-1, image_HWC.shape[-1]).T.astype(jnp.int32)
+  values_V = jnp.arange(256)
+  low_C1, high_C1 = (
+    reduce(pixels_CP, axis=1, keepdims=True) for reduce in (jnp.min, jnp.max)
+  )
+  stretched_CV = (values_V - low_C1) * 255 // jnp.maximum(high_C1 - low_C1, 1)
+  stretched_CV = jnp.where(high_C1 > low_C1, stretched_CV, values_V)
 
-  count = functools.partial(jnp.bincount, length=256)
-  counts_VC = jax.vmap(count, in_axes=1, out_axes=1)(pixels_PC)
-  below_VC = jnp.cumsum(counts_VC, axis=0) - counts_VC
+  counts_CV = jax.vmap(functools.partial(jnp.bincount, length=256))(pixels_CP)
+  below_CV = jnp.cumsum(counts_CV, axis=1) - counts_CV
   # Pixels of the highest value do not count, so it is what maps to white.
-  step_C = jnp.max(jnp.where(counts_VC > 0, below_VC, 0), axis=0) // 255
-  flat_VC = (step_C // 2 + below_VC) // jnp.maximum(step_C, 1)
-  flat_VC = jnp.where(step_C > 0, flat_VC, values_V1)
+  counted_CV = jnp.where(counts_CV > 0, below_CV, 0)
+  step_C1 = jnp.max(counted_CV, axis=1, keepdims=True) // 255
+  flat_CV = (step_C1 // 2 + below_CV) // jnp.maximum(step_C1, 1)
+  flat_CV = jnp.where(step_C1 > 0, flat_CV, values_V)
 
   dropped_bits = 4 + jnp.floor(4 * severity).astype(jnp.int32)
   threshold = 256 - jnp.floor(256 * severity)
   added = jnp.floor(110 * severity).astype(jnp.int32)
-  table_VC = jnp.select(
+  table_CV = jnp.select(
     [
       op == Op.AUTO_CONTRAST,
       op == Op.EQUALIZE,
@@ -403,19 +406,19 @@ def _look_up(op, severity, image_HWC):
       op == Op.SOLARIZE_ADD,
     ],
     [
-      stretched_VC,
-      flat_VC,
-      255 - values_V1,
-      values_V1 >> dropped_bits << dropped_bits,
-      jnp.where(values_V1 < threshold, values_V1, 255 - values_V1),
-      jnp.where(values_V1 < 128, values_V1 + added, values_V1),
+      stretched_CV,
+      flat_CV,
+      255 - values_V,
+      values_V >> dropped_bits << dropped_bits,
+      jnp.where(values_V < threshold, values_V, 255 - values_V),
+      jnp.where(values_V < 128, values_V + added, values_V),
     ],
-    values_V1,
+    values_V,
   )
-  table_VC = jnp.clip(table_VC, 0, 255).astype(jnp.uint8)
-  table_VC = jnp.broadcast_to(table_VC, (256, pixels_PC.shape[-1]))
-  mapped_PC = jnp.take_along_axis(table_VC, pixels_PC, axis=0)
-  return mapped_PC.reshape(image_HWC.shape)
+  table_CV = jnp.clip(table_CV, 0, 255).astype(jnp.uint8)
+  table_CV = jnp.broadcast_to(table_CV, (len(pixels_CP), 256))
+  mapped_CP = jnp.take_along_axis(table_CV, pixels_CP, axis=1)
+  return mapped_CP.T.reshape(image_HWC.shape)
 
 
 def _enhance(op, strength, image_HWC):

@@ -70,6 +70,21 @@ def shardings(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
   return jax.tree.map(place, tree, is_leaf=layers.is_param)
 
 
+def gather(shard: jax.Array, spec: PartitionSpec) -> jax.Array:
+  """The whole array, inside a `shard_map` that has a shard by `spec`."""
+  for i, mesh_axis in enumerate(spec):
+    if mesh_axis is not None:
+      shard = jax.lax.all_gather(shard, mesh_axis, axis=i, tiled=True)
+  return shard
+
+
+def gathered(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
+  """The tree whole on every device, inside a `jit`."""
+  return jax.lax.with_sharding_constraint(
+    tree, NamedSharding(mesh, PartitionSpec())
+  )
+
+
 def put_batch(mesh: jax.sharding.Mesh, batch: Tree) -> Tree:
   """Arrays over the whole mesh from this process's part of a batch."""
   sharding = NamedSharding(mesh, BATCH)

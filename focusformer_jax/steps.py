@@ -15,6 +15,7 @@ from focusformer_jax import augment
 from focusformer_jax import curriculum
 from focusformer_jax import experiment as experiment_lib
 from focusformer_jax import policy as policy_lib
+from focusformer_jax import sharding
 from focusformer_jax import space as space_lib
 from focusformer_jax import state as state_lib
 from focusformer_jax import supernet as supernet_lib
@@ -157,6 +158,7 @@ def eval_step(
   batch: dict[str, Array],
 ) -> Scores:
   """Scores A subnets on one batch; padding has weight 0."""
+  supernet = sharding.gathered(experiment.mesh, supernet)
   images = augment.normalise(experiment.settings.augment, batch['image'])
   labels_B, weights_B = batch['label'], batch['weight']
 

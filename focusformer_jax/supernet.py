@@ -21,10 +21,11 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from focusformer_jax import layers
+from focusformer_jax import sharding
 from focusformer_jax import space as space_lib
 
 EXECUTIONS = ('masked', 'switched')
@@ -116,10 +117,11 @@ class Supernet(nnx.Module):
   ) -> Float[Array, 'B C']:
     """Logits of S subnets: the batch is S equal parts, one for each in order.
 
-    Under a mesh that only replicates parameters, every device runs its own
-    subnets on its own images, and gradients meet in one all-reduce: no
+    Under a mesh every device runs its own subnets on its own images: no
     collective stands inside a layer, nor inside a branch that another device
-    does not take. S has to divide the devices then, or they S.
+    does not take. Sharded parameters are gathered before, their gradients
+    scattered after; those of whole parameters meet in one all-reduce. S has to
+    divide the devices, or they S.
 
     Args:
       images_BHWC: normalised images; S divides B.
@@ -128,14 +130,18 @@ class Supernet(nnx.Module):
       mesh: of axes `data` and `fsdp` that the images are sharded over.
     """
     keep = self._keep_branches(key, len(images_BHWC))
-    if mesh is None or mesh.size == 1 or mesh.shape['fsdp'] > 1:
+    if mesh is None or mesh.size == 1:
       return self._run_groups(images_BHWC, archs, keep)
 
     axes = tuple(mesh.axis_names)
     devices, S = mesh.size, archs.depth.shape[0]
     mine = max(S // devices, 1)
+    specs = jax.tree.map(
+      lambda placed: placed.spec, sharding.shardings(mesh, self)
+    )
 
     def local(supernet, images_BHWC, archs, keep):
+      supernet = jax.tree.map(sharding.gather, supernet, specs)
       first = jax.lax.axis_index(axes) * S // devices
       archs = jax.tree.map(
         lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, mine), archs
@@ -147,7 +153,7 @@ class Supernet(nnx.Module):
       local,
       mesh=mesh,
       in_specs=(
-        PartitionSpec(),
+        specs,
         batch,
         PartitionSpec(),
         PartitionSpec(None, None, axes),
@@ -184,8 +190,7 @@ class Supernet(nnx.Module):
     scanned = (
       self.blocks,
       jnp.arange(self.space.num_layers) < depth,
-      arch.num_heads,
-      arch.mlp_ratio,
+      (arch.num_heads, arch.mlp_ratio),
       keep,
     )
     run = {'masked': self._masked, 'switched': self._switched}[self.execution]
@@ -202,64 +207,100 @@ class Supernet(nnx.Module):
     return (kept / keep).astype(self.dtype)
 
   def _masked(self, x_BND, embed, scanned):
-    width = jnp.asarray(self.space.embed_dim)[embed]
+    space = self.space
+    width = jnp.asarray(space.embed_dim)[embed]
     mask_D = layers.prefix_mask(width, x_BND.shape[-1])
-    heads = jnp.asarray(self.space.num_heads)
-    mlp_dims = jnp.asarray(self.space.mlp_dims)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def run(branch, x, live):
+      norm, part = branch
+      return part(norm(x, mask_D), live)
 
     def layer(x, scanned):
-      block, alive, h, r, keep = scanned
-      scale = alive.astype(x.dtype) * (
-        jnp.ones((2, 1, 1, 1), x.dtype) if keep is None else keep
-      )
-      x = x + scale[0] * block.attend(x, mask_D, heads[h])
-      x = x + scale[1] * block.transform(x, mask_D, mlp_dims[embed, r])
+      block, alive, picks, keep = scanned
+      for i, (_, sizes) in enumerate(branch_sizes(space)):
+        live = jnp.asarray(sizes)[embed, picks[i]]
+        scale = alive.astype(x.dtype) * (1 if keep is None else keep[i])
+        x = x + scale * run(block.branches()[i], x, live)
       return x, None
 
-    x_BND, _ = jax.lax.scan(jax.checkpoint(layer), x_BND, scanned)
+    x_BND, _ = jax.lax.scan(layer, x_BND, scanned)
     return self.head(x_BND, mask_D)
 
   def _switched(self, x_BND, embed, scanned):
-    def subnet(e, x_BND):
-      width = self.space.embed_dim[e]
+    space, D = self.space, x_BND.shape[-1]
 
-      def branch(method, sizes):
-        """One choice of one half layer, as a function of (block, x)."""
+    def sliced(sizes):
+      """A branch of a layer in one of its sizes; the other features stay 0."""
 
-        def run(block, x):
-          return method(layers.take(block, {'embed': width} | sizes), x)
+      def run(branch, x):
+        norm, part = layers.take(branch, sizes)
+        y = part(norm(x[..., : sizes['embed']]))
+        return jnp.pad(y, ((0, 0), (0, 0), (0, D - y.shape[-1])))
 
-        return run
+      return run
 
-      def dead(block, x):
-        return jnp.zeros_like(x)
+    def dead(branch, x):
+      return jnp.zeros_like(x)
 
-      attends = [dead] + [
-        branch(layers.Block.attend, {'heads': h}) for h in self.space.num_heads
+    cases = [
+      [dead]
+      + [
+        sliced({'embed': width, name: int(size)})
+        for width, row in zip(space.embed_dim, sizes, strict=True)
+        for size in row
       ]
-      transforms = [dead] + [
-        branch(layers.Block.transform, {'mlp': int(f)})
-        for f in self.space.mlp_dims[e]
-      ]
+      for name, sizes in branch_sizes(space)
+    ]
 
-      def layer(x, scanned):
-        block, alive, h, r, keep = scanned
-        one = jnp.ones((2, 1, 1, 1), x.dtype)
-        scale = one if keep is None else keep
-        alive = alive.astype(jnp.int32)
-        x = x + scale[0] * jax.lax.switch(alive * (h + 1), attends, block, x)
-        x = x + scale[1] * jax.lax.switch(alive * (r + 1), transforms, block, x)
-        return x, None
+    def layer(x, scanned):
+      block, alive, picks, keep = scanned
+      for i, (_, sizes) in enumerate(branch_sizes(space)):
+        case = jnp.where(alive, 1 + embed * sizes.shape[1] + picks[i], 0)
+        y = _switch(case, cases[i], block.branches()[i], x)
+        x = x + (y if keep is None else keep[i] * y)
+      return x, None
 
-      x_BND, _ = jax.lax.scan(
-        jax.checkpoint(layer), x_BND[..., :width], scanned
-      )
-      return layers.take(self.head, {'embed': width})(x_BND)
+    x_BND, _ = jax.lax.scan(layer, x_BND, scanned)
+    width = jnp.asarray(space.embed_dim)[embed]
+    return self.head(x_BND, layers.prefix_mask(width, D))
 
-    choices = range(len(self.space.embed_dim))
-    return jax.lax.switch(
-      embed, [functools.partial(subnet, e) for e in choices], x_BND
-    )
+
+def branch_sizes(
+  space: space_lib.SearchSpace,
+) -> tuple[tuple[str, Int[np.ndarray, 'widths choices']], ...]:
+  """What the architecture picks for each branch of a layer, in their order.
+
+  A name for `layers.take`, and the size by index of width and choice.
+  """
+  heads = np.tile(space.num_heads, (len(space.embed_dim), 1))
+  return ('heads', heads), ('mlp', space.mlp_dims)
+
+
+def _switch(index, branches, *operands):
+  """`jax.lax.switch` that keeps its operands alone for the backward pass.
+
+  The branch runs again there. Differentiated as it is, `jax.lax.switch` stores
+  what every one of its branches needs, zeros for those not taken.
+  """
+
+  @jax.custom_vjp
+  def run(index, *operands):
+    return jax.lax.switch(index, branches, *operands)
+
+  def forward(index, *operands):
+    return run(index, *operands), (index, operands)
+
+  def pull(branch):
+    return lambda operands, gradient: jax.vjp(branch, *operands)[1](gradient)
+
+  def backward(residuals, gradient):
+    index, operands = residuals
+    pulls = [pull(branch) for branch in branches]
+    return None, *jax.lax.switch(index, pulls, operands, gradient)
+
+  run.defvjp(forward, backward)
+  return run(index, *operands)
 
 
 def sizes(
@@ -269,16 +310,13 @@ def sizes(
   e = int(arch.embed_dim)
   width = space.embed_dim[e]
   depth = space.depth[int(arch.depth)]
+  picks = np.stack([arch.num_heads, arch.mlp_ratio], axis=1)[:depth]
   per_layer = [
-    {
-      'embed': width,
-      'heads': space.num_heads[int(h)],
-      'mlp': int(space.mlp_dims[e, int(r)]),
+    {'embed': width}
+    | {
+      name: int(sizes[e, pick])
+      for (name, sizes), pick in zip(branch_sizes(space), row, strict=True)
     }
-    for h, r in zip(
-      np.asarray(arch.num_heads)[:depth],
-      np.asarray(arch.mlp_ratio)[:depth],
-      strict=True,
-    )
+    for row in picks
   ]
   return width, per_layer
