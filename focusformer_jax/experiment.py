@@ -74,6 +74,18 @@ class Experiment:
     return tuple(int(b) for b in np.geomspace(low, table.maximum, 6).round())
 
   @functools.cached_property
+  def execution(self) -> str:
+    """How the supernet runs: as configured, or what suits the devices."""
+    if self.settings.supernet.execution != 'auto':
+      return self.settings.supernet.execution
+    macs, space = self.tables['macs'], self.space
+    return supernet_lib.choose_execution(
+      self.mesh.devices.flat[0].platform,
+      max(1, self.settings.curriculum.subnets // self.mesh.size),
+      macs.of(space.middle()) / macs.of(space.largest()),
+    )
+
+  @functools.cached_property
   def draw(self) -> curriculum.Draw:
     return curriculum.make(self.settings, self.space, self.budgets)
 
@@ -101,7 +113,7 @@ class Experiment:
       pool=supernet.pool,
       drop_path=supernet.drop_path,
       dtype=supernet.dtype,
-      execution=supernet.execution,
+      execution=self.execution,
       init_std=supernet.init_std,
       rngs=rngs(0),
     )

@@ -45,7 +45,7 @@ class Supernet:
   pool: str = _one_of('mean', 'cls')
   drop_path: float = _number(at_least=0, at_most=0.9)
   dtype: str = _one_of('float32', 'bfloat16')
-  execution: str = _one_of('masked', 'switched')
+  execution: str = _one_of('auto', 'masked', 'switched')
   init_std: float = _number(above=0)
 
 

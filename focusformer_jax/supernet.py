@@ -303,6 +303,27 @@ def _switch(index, branches, *operands):
   return run(index, *operands)
 
 
+def choose_execution(
+  platform: str, groups: int, relative_cost: float
+) -> Literal['masked', 'switched']:
+  """The execution that `config.supernet.execution = 'auto'` stands for.
+
+  On a CPU slices won wherever we measured (docs/results.md), with one subnet
+  a step and with eight. On accelerators we could compile but not measure. The
+  rule there is reasoned: subnets that share a device run one after another
+  when switched but as one batch when masked; and a switch must have something
+  to save.
+
+  Args:
+    platform: 'cpu', 'gpu' or 'tpu'.
+    groups: subnets that one device runs in a step.
+    relative_cost: MACs of the middle subnet, of those of the largest.
+  """
+  if platform == 'cpu' or (groups == 1 and relative_cost < 0.75):
+    return 'switched'
+  return 'masked'
+
+
 def sizes(
   space: space_lib.SearchSpace, arch: space_lib.Architecture
 ) -> tuple[int, list[dict[str, int]]]:

@@ -151,11 +151,12 @@ def _log_overview(experiment, state):
   """What is about to be trained, once."""
   table = experiment.tables['macs']
   logging.info(
-    '%.3g subnets from %.4g to %.4g MACs; a step of the largest takes %.4g '
-    'GFLOP',
+    '%.3g subnets from %.4g to %.4g MACs, %s; a step of the largest takes '
+    '%.4g GFLOP',
     experiment.space.num_architectures,
     table.minimum,
     table.maximum,
+    experiment.execution,
     6e-9 * table.maximum * experiment.settings.data.batch_size,
   )
   for name in ('supernet', 'policy'):

@@ -1,5 +1,6 @@
 """The loop: resuming, devices, compilations, and the whole job in small."""
 
+import collections
 import functools
 import json
 
@@ -89,6 +90,15 @@ def first_batches(experiment, count):
   return [next(batches) for _ in range(count)]
 
 
+STEPS = 20
+
+
+def mesh_experiment(tfds_dir, devices=None, **mesh):
+  """A run of `STEPS` steps, every one at a learning rate above 0."""
+  changes = {'train__steps': STEPS + 1, 'optimizer__warmup_steps': 2} | mesh
+  return experiment_lib.create(smoke_settings(tfds_dir, **changes), devices)
+
+
 def run_steps(experiment, count):
   """Losses of `count` supernet steps, a sampler step after each."""
   supernet_step = jax.jit(functools.partial(steps.supernet_step, experiment))
@@ -104,16 +114,16 @@ def run_steps(experiment, count):
 
 
 @pytest.fixture(scope='session')
-def one_device(experiment):
-  return run_steps(experiment, 6)
+def one_device(tfds_dir):
+  return run_steps(mesh_experiment(tfds_dir, jax.devices()[:1]), STEPS)
 
 
-@pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
+@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (2, 4)])
 def test_meshes_agree_with_one_device(tfds_dir, one_device, shape):
-  experiment = experiment_lib.create(
-    smoke_settings(tfds_dir, mesh__data=shape[0], mesh__fsdp=shape[1])
+  experiment = mesh_experiment(
+    tfds_dir, mesh__data=shape[0], mesh__fsdp=shape[1]
   )
-  state, losses = run_steps(experiment, 6)
+  state, losses = run_steps(experiment, STEPS)
   np.testing.assert_allclose(losses, one_device[1], atol=1e-5)
   up = state.supernet.blocks.mlp.up.get_value()
   shards = {tuple(s.data.shape) for s in up.addressable_shards}
@@ -174,9 +184,27 @@ def on_one_device(monkeypatch):
   monkeypatch.setattr(jax, 'devices', lambda: devices)
 
 
-def test_digits_end_to_end(tfds_dir, tmp_path, capsys, on_one_device):
+@pytest.fixture
+def compiled():
+  """Names of the functions compiled since, eager operations left out."""
+  names = collections.Counter()
+
+  def listen(event, duration, fun_name=None, **kwargs):
+    if event.endswith('backend_compile_duration'):
+      names[fun_name] += 1
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield names
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_digits_end_to_end(tfds_dir, tmp_path, capsys, on_one_device, compiled):
   settings = smoke_settings(tfds_dir)
   run.run(settings, tmp_path)
+  ours = ('_init', 'supernet_step', 'sampler_step', 'propose_step', 'eval_step')
+  assert {name: compiled[f'jit({name})'] for name in (*ours, 'draw')} == (
+    dict.fromkeys((*ours, 'draw'), 1)
+  ), compiled
   results = json.loads((tmp_path / 'results.json').read_text())
   assert len(results['budgets']) >= 5
   for row in results['budgets'] + results['rivals']:
