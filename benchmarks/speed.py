@@ -8,11 +8,15 @@ One compiled program per (geometry, execution, phase) runs the smallest, middle
 and largest subnet of the tiny space. Everything is timed in turns, matmuls
 included, so that a machine that slows down slows all of it; times are medians.
 
+Every core is a device of its own with its share of the batch, as users get with
+JAX_NUM_CPU_DEVICES: small products then need not be split over threads.
+
 The floor is what matrix products alone would take: 2 FLOPs per MAC forward, 3
 times that for training, at the rate of a plain float32 `jnp.matmul`: the better
 of one shaped like the network's, (3152, 240) @ (240, 960), and of one of 2048
-cubed. `of floor` is floor / measured; 1 would be matrix products and no more.
-MACs are those of `cost.macs`: no relative position, no rematerialisation.
+cubed, shared out in the same way. `of floor` is floor / measured; 1 would be
+matrix products and no more. MACs are those of `cost.macs`: no relative
+position, no rematerialisation.
 
 A peer is any program that, started as `COMMAND GEOMETRY SUBNETS`, prints one
 line `{"smallest": seconds, "middle": seconds, "largest": seconds}` of its own
@@ -25,6 +29,7 @@ median of the ratios of neighbouring rounds, above 1 where ours is faster.
 import argparse
 import collections
 import json
+import os
 import pathlib
 import shlex
 import subprocess
@@ -41,6 +46,7 @@ import optax
 
 from focusformer_jax import cost
 from focusformer_jax import optim
+from focusformer_jax import sharding
 from focusformer_jax import space as space_lib
 from focusformer_jax import supernet as supernet_lib
 
@@ -59,14 +65,33 @@ SUBNETS = {
 # (rows, inner, columns) and how often in a row, some 20 ms each.
 MATMULS = (((3152, 240, 960), 3), ((2048, 2048, 2048), 1))
 
+jax.config.update('jax_num_cpu_devices', os.cpu_count())
+
+
+def split(mesh, tree):
+  """Shares out the first axis of every leaf."""
+  placed = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+  return jax.device_put(tree, placed)
+
+
+def whole(mesh, tree):
+  """A copy on every device."""
+  placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return jax.device_put(tree, placed)
+
 
 class Matmuls:
-  """Measures the float32 matmul rate."""
+  """Measures the float32 matmul rate of all devices together."""
 
   def __init__(self):
-    ones = jnp.ones
+    mesh = sharding.make_mesh(-1, 1)
     self.operands = [
-      (ones((m, k)), ones((k, n)), 2 * m * k * n * repeats, repeats)
+      (
+        split(mesh, jnp.ones((m, k))),
+        whole(mesh, jnp.ones((k, n))),
+        2 * m * k * n * repeats,
+        repeats,
+      )
       for (m, k, n), repeats in MATMULS
     ]
     self.matmul = jax.jit(jnp.matmul)
@@ -88,6 +113,7 @@ class Program:
   def __init__(self, geometry_name: str, execution: str, phase: str):
     self.key = (geometry_name, execution, phase)
     geometry, batch = CASES[geometry_name]
+    mesh = sharding.make_mesh(-1, 1)
     supernet = supernet_lib.Supernet(
       SPACE, geometry, execution=execution, rngs=nnx.Rngs(0)
     )
@@ -97,15 +123,19 @@ class Program:
       jax.random.key(1), (batch, side, side, geometry.channels)
     )
     labels_B = jnp.arange(batch) % geometry.num_classes
-    self.batch = (images_BHWC, labels_B)
+    self.batch = split(mesh, (images_BHWC, labels_B))
+    self.archs = {
+      name: whole(mesh, space_lib.stack([arch]))
+      for name, arch in SUBNETS.items()
+    }
 
-    def train(state, batch, arch):
+    def train(state, batch, archs):
       supernet, optimizer_state = state
       images_BHWC, labels_B = batch
 
       def loss_fn(supernet):
         return optax.softmax_cross_entropy_with_integer_labels(
-          supernet(images_BHWC, arch), labels_B
+          supernet.grouped(images_BHWC, archs, None, mesh), labels_B
         ).mean()
 
       loss, grads = jax.value_and_grad(loss_fn)(supernet)
@@ -114,15 +144,15 @@ class Program:
       )
       return (optax.apply_updates(supernet, updates), optimizer_state), loss
 
-    def forward(state, batch, arch):
-      return state, state[0](batch[0], arch)
+    def forward(state, batch, archs):
+      return state, state[0].grouped(batch[0], archs, None, mesh)
 
-    self.state = supernet, optimizer.init(supernet)
+    self.state = whole(mesh, (supernet, optimizer.init(supernet)))
     step = {'train': train, 'forward': forward}[phase]
     start = time.perf_counter()
     self.step = (
       jax.jit(step, donate_argnums=0)
-      .lower(self.state, self.batch, SUBNETS['largest'])
+      .lower(self.state, self.batch, self.archs['largest'])
       .compile()
     )
     self.compile_seconds = time.perf_counter() - start
@@ -138,7 +168,7 @@ class Program:
   def seconds(self, subnet: str) -> float:
     """Of one step of a subnet, once measured."""
     start = time.perf_counter()
-    self.state, result = self.step(self.state, self.batch, SUBNETS[subnet])
+    self.state, result = self.step(self.state, self.batch, self.archs[subnet])
     jax.block_until_ready((self.state, result))
     return time.perf_counter() - start
 
@@ -230,7 +260,7 @@ def table(programs, seconds, rate, ratios) -> list[dict]:
     print(
       f'  smallest/largest {np.median(paired):.2f}, '
       f'compiled in {program.compile_seconds:.1f} s, '
-      f'{program.peak_bytes / 2**30:.2f} GiB\n'
+      f'{program.peak_bytes / 2**30:.2f} GiB a device\n'
     )
   return rows
 

@@ -43,8 +43,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 from jax.experimental import topologies
 
-from configs import default
-from focusformer_jax import augment
+from configs import imagenet2012
 from focusformer_jax import experiment as experiment_lib
 from focusformer_jax import settings as settings_lib
 from focusformer_jax import sharding
@@ -84,40 +83,21 @@ class ImageNetFacts:
 
   num_classes = 1000
   channels = 3
+  encoded = True
 
 
 def settings(
   space: str, execution: str, batch_size: int, data: int, fsdp: int
 ) -> settings_lib.Settings:
-  """A run at 224x224 with the usual recipe for ImageNet."""
-  c = default.get_config()
-  c.data.name = 'imagenet2012'
-  c.data.image_size = 224
+  """The run of configs/imagenet2012.py, on other devices."""
+  c = imagenet2012.get_config(space)
   c.data.batch_size = batch_size
   c.data.eval_batch_size = batch_size
-  c.augment = default.section(
-    augment.Recipe(
-      flip=True,
-      randaugment_layers=2,
-      erase=0.25,
-      mixup=0.8,
-      cutmix=1.0,
-      label_smoothing=0.1,
-      mean=(0.485, 0.456, 0.406),
-      std=(0.229, 0.224, 0.225),
-    )
-  )
-  c.space = default.section(space_lib.NAMED[space])
-  c.supernet.patch_size = 16
-  c.supernet.drop_path = 0.1
-  c.supernet.dtype = 'bfloat16'
   c.supernet.execution = execution
-  c.supernet.init_std = 0.02
-  c.sampler.hidden = (128, 128)
   c.sampler.batch_size = batch_size
   c.mesh.data = data
   c.mesh.fsdp = fsdp
-  return settings_lib.parse(c.lock())
+  return settings_lib.parse(c)
 
 
 def lower(

@@ -37,6 +37,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.batch_size = 128
   # Images of one evaluation step, over all devices.
   c.data.eval_batch_size = 128
+  # How often an image stands in a batch, each time augmented anew.
+  c.data.repeats = 1
+  # Processes that decode images; 0 for threads, enough for small images.
+  c.data.workers = 0
 
   # Changes made to training images on the device; see `augment.Recipe`.
   c.augment = section(augment.Recipe(mean=(0.5,), std=(0.5,)))
@@ -63,8 +67,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.supernet.init_std = 0.1
 
   c.optimizer = ml_collections.ConfigDict()
-  # AdamW's peak, for the batch size above.
+  # AdamW's peak.
   c.optimizer.learning_rate = 4e-3
+  # The batch it is meant for: another batch scales it; 0 takes it as it is.
+  c.optimizer.reference_batch = 0
   # Where the cosine ends.
   c.optimizer.final_learning_rate = 1e-5
   # Updates of linear warm-up.
@@ -73,6 +79,23 @@ def get_config() -> ml_collections.ConfigDict:
   c.optimizer.weight_decay = 0.05
   # Gradients with a larger norm are scaled down to it.
   c.optimizer.clip_norm = 1.0
+  # Steps whose gradients are averaged for one update.
+  c.optimizer.accumulate = 1
+  # Whether entries that no subnet of a step used stay as they are. Otherwise
+  # decay and momentum go on moving them.
+  c.optimizer.hold_untouched = False
+  # Decay of the moving average of weights that is scored and extracted, 0 for
+  # none; it starts lower, so that the first weights are soon forgotten.
+  c.optimizer.ema = 0.0
+
+  c.distillation = ml_collections.ConfigDict()
+  # What subnets learn from the largest, which then trains in every step:
+  # 'none', 'kl', or 'alpha', which also punishes overconfidence.
+  c.distillation.loss = 'none'
+  # Its share of their loss; the labels have the rest.
+  c.distillation.weight = 1.0
+  # Both are softened by it.
+  c.distillation.temperature = 1.0
 
   c.curriculum = ml_collections.ConfigDict()
   # 'focus' trains what the sampler proposes, 'uniform' draws choices evenly.

@@ -3,13 +3,15 @@
 Letters: `B` batch, `C` channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import os
 import socket
-from typing import TypedDict
+from typing import Any, Protocol, TypedDict
 import urllib.parse
 import urllib.request
 
+from etils import epath
 import grain
 import numpy as np
 import tensorflow as tf
@@ -17,12 +19,16 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader
 
 from focusformer_jax import datasets  # noqa: F401 (registers our builders)
+from focusformer_jax import decode
 from focusformer_jax import errors
 from focusformer_jax import settings as settings_lib
 
 # Data sets here are read by NumPy and Grain; accelerators belong to JAX.
 tf.config.set_visible_devices([], 'GPU')
 tf.config.set_visible_devices([], 'TPU')
+
+IMAGE_FOLDER = 'image_folder'
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 
 
 class Batch(TypedDict):
@@ -33,9 +39,29 @@ class Batch(TypedDict):
   weight: np.ndarray
 
 
+class Source(Protocol):
+  """One split of a data set, as batches of images of one size."""
+
+  def __len__(self) -> int: ...
+
+  def batch(
+    self,
+    indices_B: np.ndarray,
+    seed: Sequence[int] | None = None,
+    first: int = 0,
+  ) -> Batch:
+    """The examples at `indices_B`; -1 asks for padding.
+
+    Args:
+      indices_B: which examples.
+      seed: of the random crops of a batch; None for evaluation's crops.
+      first: where in that batch these examples stand.
+    """
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-  """One split, in host memory."""
+class Arrays:
+  """A split whose images have one size, in host memory."""
 
   image: np.ndarray
   label: np.ndarray
@@ -43,8 +69,7 @@ class Source:
   def __len__(self) -> int:
     return len(self.label)
 
-  def batch(self, indices_B: np.ndarray) -> Batch:
-    """The examples at `indices_B`; -1 asks for padding."""
+  def batch(self, indices_B, seed=None, first=0) -> Batch:
     return Batch(
       image=self.image[indices_B],
       label=self.label[indices_B],
@@ -52,64 +77,210 @@ class Source:
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+  """A split of encoded images, decoded and cropped when a batch wants them."""
+
+  examples: Sequence[dict[str, Any]]
+  image_size: int
+  channels: int
+  crop: tuple[float, float] | None
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def batch(self, indices_B, seed=None, first=0) -> Batch:
+    size = self.image_size
+    images = np.zeros((len(indices_B), size, size, self.channels), np.uint8)
+    labels = np.zeros(len(indices_B), np.int32)
+    for i, index in enumerate(indices_B):
+      if index >= 0:
+        example = self.examples[int(index)]
+        rng = (
+          None if seed is None else np.random.default_rng([*seed, first + i])
+        )
+        images[i] = decode.decode(
+          example['image'], size, self.channels, rng, self.crop
+        )
+        labels[i] = example['label']
+    weights = (indices_B >= 0).astype(np.float32)
+    return Batch(image=images, label=labels, weight=weights)
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A prepared TFDS image-classification data set.
+  """An image-classification data set.
 
-  `heldout` is what the sampler is rewarded on: the last share of TFDS's train
-  split, whose order is fixed by a hash of each example. It is never trained
-  on, and test is never used to choose anything.
+  `heldout` is what the sampler is rewarded on: the last share of the train
+  split, whose order is fixed and mixes the classes. It is never trained on,
+  and test is never used to choose anything.
+
+  Args:
+    name: as configured.
+    num_classes: labels are below it.
+    channels: 1 or 3.
+    encoded: whether images are decoded and cropped batch by batch, as their
+      sizes differ from each other or from the wanted one.
+    open_split: the split of that name, or the part 'train[a%:b%]' of it.
+    splits: names of the splits.
+    heldout: share of train that is held out.
+    test: the split to test on.
   """
 
-  builder: tfds.core.DatasetBuilder
-  settings: settings_lib.Data
-
-  @property
-  def num_classes(self) -> int:
-    return self.builder.info.features['label'].num_classes
-
-  @property
-  def channels(self) -> int:
-    return self.builder.info.features['image'].shape[-1]
+  name: str
+  num_classes: int
+  channels: int
+  encoded: bool
+  open_split: Callable[[str], Source]
+  splits: tuple[str, ...]
+  heldout: float
+  test: str
 
   def split(self, name: str) -> Source:
-    """Reads 'train', 'heldout' or 'test' into memory.
+    """Opens 'train', 'heldout' or 'test'.
 
     Raises:
       UserError: no such test split, or too few images to hold any out.
     """
-    percent = 100 - round(100 * self.settings.heldout)
-    test, splits = self.settings.test, self.builder.info.splits
-    if splits and test not in splits:
+    percent = 100 - round(100 * self.heldout)
+    if self.splits and self.test not in self.splits:
       raise errors.UserError(
-        f'config.data.test: wanted one of the splits {sorted(splits)} of '
-        f'{self.settings.name}, found {test!r}'
+        f'config.data.test: wanted one of the splits {sorted(self.splits)} of '
+        f'{self.name}, found {self.test!r}'
       )
     parts = {
       'train': f'train[:{percent}%]',
       'heldout': f'train[{percent}%:]',
-      'test': test,
+      'test': self.test,
     }
-    source = self.builder.as_data_source(parts[name])
+    source = self.open_split(parts[name])
     if not len(source):
       raise errors.UserError(
-        f'config.data.heldout: {self.settings.heldout} leaves no images '
-        f'for {name}'
+        f'config.data.heldout: {self.heldout} leaves no images for {name}'
       )
-    examples = [source[i] for i in range(len(source))]
-    return Source(
-      np.stack([e['image'] for e in examples]),
-      np.array([e['label'] for e in examples], np.int32),
-    )
+    return source
 
 
-def open_dataset(settings: settings_lib.Data) -> Dataset:
+def open_dataset(
+  settings: settings_lib.Data, crop: tuple[float, float] | None = None
+) -> Dataset:
   """Finds a data set, building or downloading it where it is not there yet.
 
+  Args:
+    settings: `name` is TFDS's, or 'image_folder' for images below `dir`.
+    crop: smallest and largest share of an image's area that random crops keep
+      while encoded images are decoded.
+
   Raises:
-    UserError: no such data set, it cannot be had, or its images are not of
-      the configured size.
+    UserError: no such data set, or it cannot be had.
   """
+  if settings.name == IMAGE_FOLDER:
+    return _open_folder(settings, crop)
+  return _open_tfds(settings, crop)
+
+
+def _open_tfds(settings, crop) -> Dataset:
+  builder = _prepared(settings)
+  features = builder.info.features
+  height, width, channels = features['image'].shape
+  encoded = (height, width) != (settings.image_size,) * 2
+  channels = channels or 3
+
+  def open_split(part: str) -> Source:
+    if encoded:
+      raw = {'image': tfds.decode.SkipDecoding()}
+      examples = builder.as_data_source(part, decoders=raw)
+      return Encoded(examples, settings.image_size, channels, crop)
+    examples = builder.as_data_source(part)
+    examples = [examples[i] for i in range(len(examples))]
+    shape = (len(examples), height, width, channels)
+    images = np.array([e['image'] for e in examples], np.uint8).reshape(shape)
+    return Arrays(images, np.array([e['label'] for e in examples], np.int32))
+
+  return Dataset(
+    name=settings.name,
+    num_classes=features['label'].num_classes,
+    channels=channels,
+    encoded=encoded,
+    open_split=open_split,
+    splits=tuple(builder.info.splits or ()),
+    heldout=settings.heldout,
+    test=settings.test,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+  """Image files and their labels, read when asked for."""
+
+  files: Sequence[tuple[str, int]]
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    path, label = self.files[index]
+    return {'image': epath.Path(path).read_bytes(), 'label': label}
+
+
+def _open_folder(settings, crop) -> Dataset:
+  """`tfds.ImageFolder`'s layout: <dir>/<split>/<class>/<image>."""
+  if settings.dir is None:
+    raise errors.UserError(
+      f'config.data.dir: wanted the folder of {IMAGE_FOLDER}, found None'
+    )
+  root = epath.Path(settings.dir)
+  splits = _folders(root)
+  if not {'train', settings.test} <= set(splits):
+    raise errors.UserError(
+      f'config.data.dir: wanted folders train and {settings.test} in {root}, '
+      f'found {splits}'
+    )
+  classes = _folders(root / 'train')
+
+  def open_split(part: str) -> Source:
+    split, _, window = part.partition('[')
+    if unknown := sorted(set(_folders(root / split)) - set(classes)):
+      raise errors.UserError(
+        f'config.data.dir: wanted the classes of train in {root / split}, '
+        f'found {unknown[0]}'
+      )
+    files = [
+      (str(path), label)
+      for label, name in enumerate(classes)
+      for path in sorted((root / split / name).glob('*'))
+      if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    # The order on disk is by class; this one is fixed as well.
+    order = np.random.default_rng(0).permutation(len(files))
+    if window:
+      start, _, stop = window.rstrip(']').replace('%', '').partition(':')
+      first, last = (
+        round(int(p) * len(files) / 100) for p in (start or 0, stop or 100)
+      )
+      order = order[first:last]
+    return Encoded(
+      _Files([files[i] for i in order]), settings.image_size, 3, crop
+    )
+
+  return Dataset(
+    name=settings.name,
+    num_classes=len(classes),
+    channels=3,
+    encoded=True,
+    open_split=open_split,
+    splits=tuple(splits),
+    heldout=settings.heldout,
+    test=settings.test,
+  )
+
+
+def _folders(path: epath.Path) -> list[str]:
+  return sorted(p.name for p in path.glob('*') if p.is_dir())
+
+
+def _prepared(settings: settings_lib.Data) -> tfds.core.DatasetBuilder:
+  """TFDS's builder of a data set that is there."""
   name = settings.name
   try:
     builder = tfds.builder(
@@ -117,19 +288,13 @@ def open_dataset(settings: settings_lib.Data) -> Dataset:
     )
   except tfds.core.DatasetNotFoundError as error:
     raise errors.UserError(
-      f'config.data.name: wanted the name of a TFDS data set, found {name!r}'
+      f'config.data.name: wanted the name of a TFDS data set or '
+      f'{IMAGE_FOLDER}, found {name!r}'
     ) from error
   features = builder.info.features
   if not {'image', 'label'} <= set(features):
     raise errors.UserError(
       f'config.data.name: wanted images with labels, found {sorted(features)}'
-    )
-  shape = features['image'].shape
-  wanted = (settings.image_size,) * 2
-  if shape[:2] != wanted:
-    raise errors.UserError(
-      f'config.data.image_size: wanted the size of the images of {name}, '
-      f'{shape[0]}x{shape[1]}, found {settings.image_size}'
     )
   try:
     if not builder.is_prepared():
@@ -142,7 +307,7 @@ def open_dataset(settings: settings_lib.Data) -> Dataset:
       '--file_format=array_record` where there is a network and set '
       'config.data.dir'
     ) from error
-  return Dataset(builder, settings)
+  return builder
 
 
 def _stop_retrying_unknown_hosts(builder: tfds.core.DatasetBuilder) -> None:
@@ -163,28 +328,54 @@ def train_batches(
   seed: int,
   process_index: int = 0,
   process_count: int = 1,
+  *,
+  repeats: int = 1,
+  workers: int = 0,
 ) -> grain.DatasetIterator:
   """Batches without end, each epoch in another order.
 
   The iterator's state is its position; the batch at a position depends on
   `seed` alone. Several processes read consecutive parts of the same batch.
 
+  Args:
+    source: a split.
+    batch_size: images of a batch, over all processes.
+    seed: of the order and of random crops.
+    process_index: which part of each batch to read.
+    process_count: how many parts there are.
+    repeats: how often an image stands in a batch, for repeated augmentation
+      (arXiv 1901.09335); the copies are as far apart as can be.
+    workers: processes that read and decode; 0 for threads of this one.
+
   Raises:
     UserError: the batch is larger than the split.
   """
-  if batch_size > len(source):
+  distinct, local = batch_size // repeats, batch_size // process_count
+  if distinct > len(source):
     raise errors.UserError(
       f'batch_size: wanted at most the {len(source)} images of the split, '
-      f'found {batch_size}'
+      f'found {distinct}'
     )
-  local = batch_size // process_count
-  mine = slice(process_index * local, (process_index + 1) * local)
+  first = process_index * local
+
+  def read(position: int, indices_B: np.ndarray) -> Batch:
+    mine = np.tile(indices_B, repeats)[first : first + local]
+    return source.batch(mine, (seed, position), first)
+
   order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
-  batches = order.batch(batch_size).map(lambda i: source.batch(i[mine]))
-  return iter(
-    batches.to_iter_dataset(
-      grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    )
+  batches = order.batch(distinct).map_with_index(read)
+  return iter(_read_ahead(batches, workers))
+
+
+def _read_ahead(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
+  cores = os.cpu_count() or 1
+  threads = grain.ReadOptions(
+    num_threads=1 if workers else max(2, min(16, cores)), prefetch_buffer_size=8
+  )
+  if not workers:
+    return batches.to_iter_dataset(threads)
+  return batches.to_iter_dataset(threads).mp_prefetch(
+    grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
   )
 
 
@@ -195,9 +386,10 @@ def eval_batches(
   process_count: int = 1,
 ) -> Iterator[Batch]:
   """Every example once; the last batch is padded with weight 0."""
-  count = -(-len(source) // batch_size) * batch_size
-  padded = np.full(count, -1)
-  padded[: len(source)] = np.arange(len(source))
+  count = -(-len(source) // batch_size)
+  indices = np.full(count * batch_size, -1)
+  indices[: len(source)] = np.arange(len(source))
   local = batch_size // process_count
-  for indices in padded.reshape(-1, batch_size):
-    yield source.batch(indices[process_index * local :][:local])
+  parts = indices.reshape(count, process_count, local)[:, process_index]
+  batches = grain.MapDataset.range(count).map(lambda i: source.batch(parts[i]))
+  return iter(_read_ahead(batches, workers=0))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from focusformer_jax import augment
 from focusformer_jax import cost
 from focusformer_jax import curriculum
 from focusformer_jax import data
@@ -33,6 +34,14 @@ class Experiment:
   @property
   def space(self) -> space_lib.SearchSpace:
     return self.settings.space
+
+  @property
+  def recipe(self) -> augment.Recipe:
+    """What happens on the device: encoded images arrive cropped."""
+    recipe = self.settings.augment
+    if self.dataset.encoded:
+      return dataclasses.replace(recipe, resized_crop=None)
+    return recipe
 
   @functools.cached_property
   def geometry(self) -> space_lib.Geometry:
@@ -92,7 +101,9 @@ class Experiment:
   @functools.cached_property
   def optimizer(self):
     return optim.supernet_optimizer(
-      self.settings.optimizer, self.settings.train.steps
+      self.settings.optimizer,
+      self.settings.train.steps,
+      self.settings.data.batch_size,
     )
 
   @functools.cached_property
@@ -117,6 +128,7 @@ class Experiment:
       init_std=supernet.init_std,
       rngs=rngs(0),
     )
+    averaged = self.settings.optimizer.ema > 0
     sampler = policy_lib.Policy(
       self.space, policy.hidden, policy.frequencies, rngs=rngs(1)
     )
@@ -124,6 +136,8 @@ class Experiment:
       step=jnp.int32(0),
       supernet=net,
       optimizer=self.optimizer.init(net),
+      # An array of its own: the state is donated.
+      average=jax.tree.map(jnp.copy, net) if averaged else None,
       policy=sampler,
       policy_optimizer=self.policy_optimizer.init(sampler),
       trained=policy_lib.architecture_weights(self.space),
@@ -172,6 +186,8 @@ class Experiment:
       'supernet.pool': supernet.pool,
       'sampler.hidden': sampler.hidden,
       'sampler.frequencies': sampler.frequencies,
+      'optimizer.ema': self.settings.optimizer.ema > 0,
+      'optimizer.accumulate': self.settings.optimizer.accumulate > 1,
     }
 
 
@@ -199,7 +215,8 @@ def create(settings: settings_lib.Settings, devices=None) -> Experiment:
         f'config.{key}: wanted a multiple of the {shards} devices of the '
         f'mesh, found {size}'
       )
-  experiment = Experiment(settings, data.open_dataset(settings.data), mesh)
+  dataset = data.open_dataset(settings.data, settings.augment.resized_crop)
+  experiment = Experiment(settings, dataset, mesh)
   table = experiment.budgets.table
   for budget in settings.search.budgets:
     if budget < table.minimum:

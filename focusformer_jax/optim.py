@@ -1,10 +1,16 @@
 """Optimizers of the supernet and of the sampler."""
 
+from typing import TypeVar
+
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 import optax
 
 from focusformer_jax import layers
 from focusformer_jax import settings as settings_lib
+
+Weights = TypeVar('Weights')
 
 # Not decayed, as in AutoFormer's recipe, beside everything one-dimensional.
 UNDECAYED = ('position', 'class_token')
@@ -25,36 +31,85 @@ def decayed(params):
   )
 
 
-def schedule(settings: settings_lib.Optimizer, steps: int) -> optax.Schedule:
-  """Linear warm-up, then a cosine that ends at the final learning rate."""
+def schedule(
+  settings: settings_lib.Optimizer, steps: int, batch_size: int
+) -> optax.Schedule:
+  """Linear warm-up, then a cosine that ends at the final learning rate.
+
+  Args:
+    settings: all counted in training steps.
+    steps: of the whole run.
+    batch_size: images of a step.
+
+  Returns:
+    The learning rate by update, of which `accumulate` steps make one.
+  """
+  scale = 1.0
+  if settings.reference_batch:
+    scale = batch_size * settings.accumulate / settings.reference_batch
+  warmup = settings.warmup_steps // settings.accumulate
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
-    peak_value=settings.learning_rate,
-    warmup_steps=settings.warmup_steps,
-    decay_steps=max(steps, settings.warmup_steps + 1),
-    end_value=settings.final_learning_rate,
+    peak_value=scale * settings.learning_rate,
+    warmup_steps=warmup,
+    decay_steps=max(steps // settings.accumulate, warmup + 1),
+    end_value=scale * settings.final_learning_rate,
   )
 
 
 def supernet_optimizer(
-  settings: settings_lib.Optimizer, steps: int
+  settings: settings_lib.Optimizer, steps: int, batch_size: int
 ) -> optax.GradientTransformation:
   """AdamW that skips an update whose gradients are not finite.
 
   Skipped updates are counted in the state (`notfinite_count` in a row); the
   training loop stops after too many, so optax's own limit is out of reach.
   """
-  return optax.apply_if_finite(
-    optax.chain(
-      optax.clip_by_global_norm(settings.clip_norm),
-      optax.adamw(
-        schedule(settings, steps),
-        weight_decay=settings.weight_decay,
-        mask=decayed,
-      ),
-    ),
-    max_consecutive_errors=2**30,
+  adamw = optax.adamw(
+    schedule(settings, steps, batch_size),
+    weight_decay=settings.weight_decay,
+    mask=decayed,
   )
+  if settings.hold_untouched:
+    adamw = hold_untouched(adamw)
+  optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+  if settings.accumulate > 1:
+    optimizer = optax.MultiSteps(optimizer, settings.accumulate)
+  return optax.apply_if_finite(optimizer, max_consecutive_errors=2**30)
+
+
+def hold_untouched(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Leaves entries alone, with their moments, whose gradient is exactly 0.
+
+  Such are the entries that no subnet of a step used.
+  """
+
+  def update(grads, state, params=None):
+    updates, new_state = inner.update(grads, state, params)
+    touched = jax.tree.map(lambda grad: grad != 0, grads)
+    updates = jax.tree.map(
+      lambda update, used: jnp.where(used, update, 0), updates, touched
+    )
+    changes = optax.tree_map_params(
+      inner,
+      lambda _, used: used,
+      new_state,
+      touched,
+      transform_non_params=lambda _: True,
+    )
+    return updates, jax.tree.map(jnp.where, changes, new_state, state)
+
+  return optax.GradientTransformation(inner.init, update)
+
+
+def average(
+  decay: float, step: Array, average_weights: Weights, weights: Weights
+) -> Weights:
+  """The next exponential moving average, after `step` updates."""
+  decay = jnp.minimum(decay, (1 + step) / (10 + step))
+  return optax.incremental_update(weights, average_weights, 1 - decay)
 
 
 def policy_optimizer(

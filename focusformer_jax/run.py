@@ -76,7 +76,7 @@ def _extract(experiment, state, workdir):
   row = max(rows, key=lambda row: row['budget'])
   arch = experiment.space.from_json(row['architecture'])
   subnet.save(
-    subnet.extract(state.supernet, arch),
+    subnet.extract(state.scored, arch),
     row['architecture'],
     experiment.geometry,
     workdir / 'subnet',

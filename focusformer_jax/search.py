@@ -64,7 +64,7 @@ def search(
   start = time.monotonic()
   draws = random_within(experiment, budgets)
   drawn_scores = evaluator.score(
-    state.supernet, [a for archs in draws for a in archs], sources['heldout']
+    state.scored, [a for archs in draws for a in archs], sources['heldout']
   )
   count = experiment.settings.search.random
   winners = [
@@ -91,7 +91,7 @@ def search(
   archs = [arch for _, _, arch, _ in candidates]
   logging.info('scoring %d subnets on held-out and test', len(archs))
   scores = {
-    name: evaluator.score(state.supernet, archs, source)
+    name: evaluator.score(state.scored, archs, source)
     for name, source in sources.items()
   }
   found = [

@@ -36,6 +36,8 @@ class Data:
   test: str
   batch_size: int = _number(at_least=1)
   eval_batch_size: int = _number(at_least=1)
+  repeats: int = _number(at_least=1)
+  workers: int = _number(at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,17 @@ class Optimizer:
   warmup_steps: int = _number(at_least=0)
   weight_decay: float = _number(at_least=0)
   clip_norm: float = _number(above=0)
+  reference_batch: int = _number(at_least=0)
+  accumulate: int = _number(at_least=1)
+  hold_untouched: bool
+  ema: float = _number(at_least=0, at_most=0.99999)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+  loss: str = _one_of('none', 'kl', 'alpha')
+  weight: float = _number(at_least=0, at_most=1)
+  temperature: float = _number(above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +130,7 @@ class Settings:
   space: space_lib.SearchSpace
   supernet: Supernet
   optimizer: Optimizer
+  distillation: Distillation
   curriculum: Curriculum
   sampler: Sampler
   train: Train
@@ -135,6 +149,11 @@ def parse(config: ml_collections.ConfigDict) -> Settings:
     raise errors.UserError(
       f'config.curriculum.subnets: wanted a divisor of config.data.batch_size='
       f'{settings.data.batch_size}, found {settings.curriculum.subnets}'
+    )
+  if settings.data.batch_size % settings.data.repeats:
+    raise errors.UserError(
+      f'config.data.repeats: wanted a divisor of config.data.batch_size='
+      f'{settings.data.batch_size}, found {settings.data.repeats}'
     )
   return settings
 

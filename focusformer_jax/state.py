@@ -18,6 +18,7 @@ class TrainState:
     step: supernet updates done, int32.
     supernet: weights of all subnets.
     optimizer: state of the supernet's optimizer.
+    average: their moving average, if there is one.
     policy: weights of the sampler.
     policy_optimizer: state of the sampler's optimizer.
     trained: how often each choice was trained so far, in the form of the
@@ -27,9 +28,15 @@ class TrainState:
   step: jax.Array
   supernet: supernet_lib.Supernet
   optimizer: optax.OptState
+  average: supernet_lib.Supernet | None
   policy: policy_lib.Policy
   policy_optimizer: optax.OptState
   trained: policy_lib.LogWeights
+
+  @property
+  def scored(self) -> supernet_lib.Supernet:
+    """The weights that are evaluated, searched and extracted."""
+    return self.supernet if self.average is None else self.average
 
 
 class Stream(enum.IntEnum):

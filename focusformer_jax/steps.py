@@ -13,7 +13,9 @@ import optax
 
 from focusformer_jax import augment
 from focusformer_jax import curriculum
+from focusformer_jax import distillation as distillation_lib
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import optim
 from focusformer_jax import policy as policy_lib
 from focusformer_jax import sharding
 from focusformer_jax import space as space_lib
@@ -30,9 +32,10 @@ def supernet_step(
 ) -> tuple[state_lib.TrainState, Metrics]:
   """One update of the weights that the subnets of this step share.
 
-  The curriculum picks S subnets, each trains on its share of the batch.
+  The curriculum picks S subnets, each trains on its share of the batch. With
+  distillation the largest subnet trains on all of it, and teaches them.
   """
-  settings = experiment.settings
+  settings, distillation = experiment.settings, experiment.settings.distillation
 
   def key(stream):
     return state_lib.stream_key(settings.seed, stream, state.step)
@@ -41,35 +44,55 @@ def supernet_step(
     key(state_lib.Stream.CURRICULUM), state.step, state.policy
   )
   images, targets_BC = augment.augment(
-    settings.augment,
+    experiment.recipe,
     key(state_lib.Stream.AUGMENT),
     batch['image'],
     batch['label'],
     experiment.geometry.num_classes,
   )
 
+  largest = space_lib.stack([experiment.space.largest()])
+
   def loss_fn(supernet: supernet_lib.Supernet):
-    logits_BC = supernet.grouped(
-      images,
-      archs,
-      key(state_lib.Stream.DROP_PATH),
-      experiment.mesh,
+    def run(archs):
+      return supernet.grouped(
+        images, archs, key(state_lib.Stream.DROP_PATH), experiment.mesh
+      )
+
+    logits_BC = run(archs)
+    loss = optax.softmax_cross_entropy(logits_BC, targets_BC).mean()
+    if distillation.loss == 'none':
+      return loss
+    teacher_BC = run(largest)
+    diverge = distillation_lib.divergence(
+      distillation.loss, distillation.temperature
     )
-    return optax.softmax_cross_entropy(logits_BC, targets_BC).mean()
+    loss *= 1 - distillation.weight
+    loss += distillation.weight * diverge(teacher_BC, logits_BC).mean()
+    return loss + optax.softmax_cross_entropy(teacher_BC, targets_BC).mean()
 
   loss, grads = jax.value_and_grad(loss_fn)(state.supernet)
   updates, optimizer = experiment.optimizer.update(
     grads, state.optimizer, state.supernet
   )
+  supernet = optax.apply_updates(state.supernet, updates)
+  average = state.average
+  if average is not None:
+    average = optim.average(
+      settings.optimizer.ema, state.step, average, supernet
+    )
   counts = curriculum.count_choices(experiment.space, archs)
   state = state.replace(
     step=state.step + 1,
-    supernet=optax.apply_updates(state.supernet, updates),
+    supernet=supernet,
     optimizer=optimizer,
+    average=average,
     trained=jax.tree.map(jnp.add, state.trained, counts),
   )
   table = experiment.tables['macs']
   macs = jax.vmap(table.units)(archs).astype(jnp.float32) * table.unit
+  if distillation.loss != 'none':
+    macs += table.maximum
   return state, {
     'train/loss': loss,
     'train/grad_norm': optax.tree.norm(grads),
@@ -105,7 +128,7 @@ def sampler_step(
   archs = policy_lib.sample(
     draw_key, state.policy(position), budgets, bound, settings.subnets
   )
-  scores = eval_step(experiment, state.supernet, archs, batch)
+  scores = eval_step(experiment, state.scored, archs, batch)
   count = scores.count
   reward_M = (
     scores.correct / count
@@ -159,7 +182,7 @@ def eval_step(
 ) -> Scores:
   """Scores A subnets on one batch; padding has weight 0."""
   supernet = sharding.gathered(experiment.mesh, supernet)
-  images = augment.normalise(experiment.settings.augment, batch['image'])
+  images = augment.normalise(experiment.recipe, batch['image'])
   labels_B, weights_B = batch['label'], batch['weight']
 
   def score(arch):

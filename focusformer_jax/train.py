@@ -74,6 +74,8 @@ def train(
       settings.data.batch_size,
       settings.seed,
       *process,
+      repeats=settings.data.repeats,
+      workers=settings.data.workers,
     ),
     'heldout': data.train_batches(
       heldout,
@@ -239,7 +241,7 @@ def _look(
   """Held-out scores of each budget's proposal, and how sure the sampler is."""
   table, budgets = experiment.budgets.table, experiment.search_budgets
   proposals = evaluator.propose(state.policy, budgets)
-  scores = evaluator.score(state.supernet, [p.arch for p in proposals], heldout)
+  scores = evaluator.score(state.scored, [p.arch for p in proposals], heldout)
   metrics = {}
   for budget, proposal, score in zip(budgets, proposals, scores, strict=True):
     name = f'budget_{budget}'

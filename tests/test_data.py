@@ -1,4 +1,7 @@
+import io
+
 import numpy as np
+from PIL import Image
 import pytest
 
 from configs import cifar100
@@ -21,10 +24,10 @@ def dataset(tmp_path_factory):
   return data.open_dataset(data_settings(dir=str(folder)))
 
 
-def numbered(count: int) -> data.Source:
+def numbered(count: int) -> data.Arrays:
   """Synthetic: every image holds its own index."""
   numbers = np.arange(count, dtype=np.int32)
-  return data.Source(numbers.astype(np.uint8)[:, None, None, None], numbers)
+  return data.Arrays(numbers.astype(np.uint8)[:, None, None, None], numbers)
 
 
 def test_digits_are_the_real_ones(dataset):
@@ -103,7 +106,6 @@ def test_evaluation_counts_each_example_once(count):
   'changes, message',
   [
     ({'name': 'no_such_set'}, 'config.data.name: wanted the name of a TFDS'),
-    ({'image_size': 9}, 'config.data.image_size: wanted the size'),
   ],
 )
 def test_a_wrong_data_set_is_named(changes, message):
@@ -124,6 +126,106 @@ def test_a_data_set_that_cannot_be_had(tmp_path, monkeypatch):
     data.open_dataset(config)
   assert 'config.data.dir' in str(error.value)
   assert '\n' not in str(error.value)
+
+
+def photographs(count: int) -> data.Encoded:
+  """Synthetic: PNGs of noise, larger than what is wanted of them."""
+  rng, examples = np.random.default_rng(0), []
+  for i in range(count):
+    target = io.BytesIO()
+    pixels = rng.integers(0, 256, (12, 10, 3), np.uint8)
+    Image.fromarray(pixels).save(target, 'PNG')
+    examples.append({'image': target.getvalue(), 'label': i})
+  return data.Encoded(examples, image_size=8, channels=3, crop=(0.3, 1.0))
+
+
+def test_encoded_images_are_cropped_anew_each_epoch():
+  batches = data.train_batches(photographs(4), 4, seed=0)
+  first, second = next(batches), next(batches)
+  assert first['image'].shape == (4, 8, 8, 3)
+  order = [list(b['label']) for b in (first, second)]
+  assert sorted(order[0]) == sorted(order[1]) == [0, 1, 2, 3]
+  one, other = (b['image'][list(b['label']).index(0)] for b in (first, second))
+  assert not np.array_equal(one, other)
+
+
+def test_crops_do_not_depend_on_the_number_of_processes():
+  whole = next(data.train_batches(photographs(8), 8, 0))['image']
+  parts = [
+    next(data.train_batches(photographs(8), 8, 0, index, 2))['image']
+    for index in range(2)
+  ]
+  assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_workers_read_the_same_and_go_on_where_their_state_was_taken():
+  threads = data.train_batches(photographs(30), 8, seed=0)
+  wanted = [next(threads)['image'] for _ in range(6)]
+  batches = data.train_batches(photographs(30), 8, seed=0, workers=2)
+  found = [next(batches)['image'] for _ in range(3)]
+  state = batches.get_state()
+  resumed = data.train_batches(photographs(30), 8, seed=0, workers=2)
+  resumed.set_state(state)
+  found += [next(resumed)['image'] for _ in range(3)]
+  assert np.array_equal(found, wanted)
+
+
+def test_repeats_stand_apart_and_differ():
+  batch = next(data.train_batches(photographs(8), 8, seed=0, repeats=2))
+  labels, images = batch['label'], batch['image']
+  assert len(set(labels)) == 4
+  assert np.array_equal(labels[:4], labels[4:])
+  assert not np.array_equal(images[:4], images[4:])
+
+
+def test_evaluation_looks_at_the_centre():
+  batches = list(data.eval_batches(photographs(3), 2))
+  assert [b['weight'].tolist() for b in batches] == [[1, 1], [1, 0]]
+  again = list(data.eval_batches(photographs(3), 2))
+  assert np.array_equal(batches[0]['image'], again[0]['image'])
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for split, count in (('train', 10), ('test', 3)):
+    for label in ('cat', 'dog'):
+      (tmp_path / split / label).mkdir(parents=True)
+      for i in range(count):
+        shade = 100 * (label == 'dog') + 10 * i
+        image = Image.new('RGB', (9, 7), (shade, shade, shade))
+        image.save(tmp_path / split / label / f'{i}.png')
+  return tmp_path
+
+
+def test_an_image_folder_is_a_data_set(folder):
+  settings = data_settings(
+    name='image_folder', dir=str(folder), image_size=4, heldout=0.2
+  )
+  dataset = data.open_dataset(settings)
+  assert (dataset.num_classes, dataset.channels) == (2, 3)
+  splits = {n: dataset.split(n) for n in ('train', 'heldout', 'test')}
+  assert [len(s) for s in splits.values()] == [16, 4, 6]
+  shades = {
+    name: {
+      (int(label), int(image[0, 0, 0]))
+      for batch in data.eval_batches(source, 2)
+      for image, label in zip(batch['image'], batch['label'])
+    }
+    for name, source in splits.items()
+  }
+  assert len(shades['train'] | shades['heldout']) == 20
+  assert {label for label, _ in shades['heldout']} == {0, 1}
+  assert all((shade >= 100) == label for label, shade in shades['test'])
+
+
+def test_a_folder_that_is_none_is_named(folder):
+  for changes, message in (
+    ({'dir': None}, 'config.data.dir: wanted the folder'),
+    ({'dir': str(folder / 'train')}, 'wanted folders train and test'),
+  ):
+    settings = data_settings(name='image_folder', **changes)
+    with pytest.raises(errors.UserError, match=message):
+      data.open_dataset(settings)
 
 
 def test_too_large_a_batch_is_refused():

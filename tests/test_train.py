@@ -130,6 +130,31 @@ def test_meshes_agree_with_one_device(tfds_dir, one_device, shape):
   assert shards == {(3, 64, 192 // shape[1])}
 
 
+def test_every_option_of_the_optimizer_trains_and_restores(tfds_dir, tmp_path):
+  options = {
+    'optimizer__ema': 0.9,
+    'optimizer__accumulate': 2,
+    'optimizer__hold_untouched': True,
+    'distillation__loss': 'alpha',
+    'data__repeats': 2,
+    'train__steps': 4,
+  }
+  experiment = experiment_lib.create(
+    smoke_settings(tfds_dir, **options), devices=jax.devices()[:1]
+  )
+  evaluator = evaluate.Evaluator(experiment)
+  state = train.train(experiment, evaluator, tmp_path)
+  weights, average, start = (
+    np.asarray(jax.tree.leaves(net)[0])
+    for net in (state.supernet, state.scored, experiment.init_state().supernet)
+  )
+  assert np.isfinite(weights).all()
+  assert np.linalg.norm(average - weights) < np.linalg.norm(start - weights)
+  assert not np.array_equal(average, weights)
+  with train.open_checkpoints(experiment, tmp_path) as checkpoints:
+    assert_equal(checkpoints.restore(experiment.abstract_state), state)
+
+
 def test_many_architectures_are_one_compilation(experiment, evaluator):
   state = experiment.init_state()
   source = experiment.dataset.split('heldout')

@@ -1,0 +1,220 @@
+"""How fast images arrive: JPEGs of ImageNet's sizes, and small ones in memory.
+
+  python benchmarks/input.py --json input.json
+
+Makes a TFDS data set of JPEGs, once: crops of the two photographs that come
+with scikit-learn, of 500x375 pixels on average, differently lit and sharp, at
+quality 95. Then prints images a second, for all cores and for one, of
+
+  jpeg         our pipeline: decode, random resized crop to 224, batch
+  jpeg_tfdata  the same work in tf.data, with its own tuning, from memory
+  jpeg_limit   decoding alone, whole images, a thread for each core: the
+               better of libjpeg-turbo as in TensorFlow and as in Pillow
+  cifar        32x32 in memory, shuffled and batched
+
+Everything runs in turns; the figures are medians over the rounds.
+"""
+
+import argparse
+from concurrent import futures
+import io
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import flags
+import numpy as np
+from PIL import Image
+from PIL import ImageEnhance
+from PIL import ImageFilter
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from focusformer_jax import augment
+from focusformer_jax import data
+from focusformer_jax import decode
+
+SIZE, BATCH, AREA = 224, 64, (0.08, 1.0)
+CORES = os.cpu_count() or 1
+
+
+class Photographs(tfds.core.GeneratorBasedBuilder):
+  """JPEGs of ImageNet's sizes, varied from two real photographs."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  COUNT = 2048
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = tfds.features.FeaturesDict(
+      {
+        'image': tfds.features.Image(encoding_format='jpeg'),
+        'label': tfds.features.ClassLabel(num_classes=2),
+      }
+    )
+    return tfds.core.DatasetInfo(builder=self, features=features)
+
+  def _split_generators(self, dl_manager):
+    return {'train': self._generate_examples()}
+
+  def _generate_examples(self):
+    from sklearn import datasets
+
+    photographs = [
+      Image.fromarray(i) for i in datasets.load_sample_images().images
+    ]
+    rng = np.random.default_rng(0)
+    for i in range(self.COUNT):
+      image = photographs[i % 2]
+      box = decode.random_box(rng, image.height, image.width, (0.3, 1.0))
+      width, height = (500, 375) if rng.random() < 0.75 else (375, 500)
+      scale = rng.uniform(0.8, 1.2)
+      image = image.resize(
+        (round(width * scale), round(height * scale)),
+        Image.Resampling.BICUBIC,
+        (box.left, box.top, box.left + box.width, box.top + box.height),
+      )
+      image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.6, 1.4))
+      image = image.filter(ImageFilter.UnsharpMask(2, int(rng.integers(0, 80))))
+      encoded = io.BytesIO()
+      image.save(encoded, 'JPEG', quality=95)
+      encoded.seek(0)
+      yield i, {'image': encoded, 'label': i % 2}
+
+
+def rate(batches, seconds: float) -> float:
+  """Images a second of an iterator, after its first batches."""
+  for _ in range(2):
+    next(batches)
+  images, start = 0, time.perf_counter()
+  while (elapsed := time.perf_counter() - start) < seconds:
+    images += len(next(batches)['label'])
+  return images / elapsed
+
+
+def limit(encoded: list[bytes], decoder, seconds: float) -> float:
+  """Images a second of a decoder in a thread for each core."""
+
+  def work(first: int) -> int:
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+      decoder(encoded[(first + done) % len(encoded)])
+      done += 1
+    return done
+
+  start = time.perf_counter()
+  with futures.ThreadPoolExecutor(CORES) as threads:
+    done = sum(threads.map(work, [i * 100 for i in range(CORES)]))
+  return done / (time.perf_counter() - start)
+
+
+def pillow(encoded: bytes) -> np.ndarray:
+  return np.asarray(Image.open(io.BytesIO(encoded)).convert('RGB'))
+
+
+def tensorflow(encoded: bytes) -> np.ndarray:
+  return tf.io.decode_jpeg(encoded, channels=3).numpy()
+
+
+def tfdata(encoded: list[bytes], labels: list[int]):
+  """Decode, random resized crop and batch, as TensorFlow's users write it."""
+
+  def read(image, label):
+    begin, size, _ = tf.image.sample_distorted_bounding_box(
+      tf.io.extract_jpeg_shape(image),
+      tf.zeros([0, 0, 4]),
+      min_object_covered=0,
+      aspect_ratio_range=augment.CROP_ASPECT,
+      area_range=AREA,
+      max_attempts=augment.BOX_ATTEMPTS,
+      use_image_if_no_bounding_boxes=True,
+    )
+    window = tf.concat([begin[:2], size[:2]], 0)
+    image = tf.io.decode_and_crop_jpeg(image, window, channels=3)
+    image = tf.image.resize(image, (SIZE, SIZE))
+    return {'image': tf.cast(image, tf.uint8), 'label': label}
+
+  return iter(
+    tf.data.Dataset.from_tensor_slices((encoded, labels))
+    .shuffle(len(encoded))
+    .repeat()
+    .map(read, tf.data.AUTOTUNE)
+    .batch(BATCH, drop_remainder=True)
+    .prefetch(tf.data.AUTOTUNE)
+    .as_numpy_iterator()
+  )
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--data_dir', help='where to make the JPEGs')
+  parser.add_argument('--seconds', type=float, default=5, help='of a figure')
+  parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument('--json', type=pathlib.Path, help='write the rows here')
+  args = parser.parse_args()
+  flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
+
+  builder = Photographs(data_dir=args.data_dir, file_format='array_record')
+  builder.download_and_prepare()
+  raw = builder.as_data_source(
+    'train', decoders={'image': tfds.decode.SkipDecoding()}
+  )
+  examples = [raw[i] for i in range(len(raw))]
+  encoded = [e['image'] for e in examples]
+  print(
+    f'{len(raw)} JPEGs of {np.mean([len(e) for e in encoded]) / 1e3:.0f} kB, '
+    f'{CORES} cores'
+  )
+  jpegs = data.Encoded(raw, SIZE, 3, AREA)
+  rng = np.random.default_rng(0)
+  small = data.Arrays(
+    rng.integers(0, 256, (50_000, 32, 32, 3), np.uint8),
+    np.zeros(50_000, np.int32),
+  )
+  paths = {
+    'jpeg': lambda s: rate(data.train_batches(jpegs, BATCH, 0), s),
+    'jpeg_tfdata': lambda s: rate(
+      tfdata(encoded, [e['label'] for e in examples]), s
+    ),
+    'pillow': lambda s: limit(encoded, pillow, s),
+    'tensorflow': lambda s: limit(encoded, tensorflow, s),
+    'cifar': lambda s: rate(data.train_batches(small, 512, 0), s),
+  }
+  paths |= {
+    f'jpeg, {n} workers': lambda s, n=n: rate(
+      data.train_batches(jpegs, BATCH, 0, workers=n), s
+    )
+    for n in range(1, CORES + 1)
+  }
+  found = {name: [] for name in paths}
+  for _ in range(args.rounds):
+    for name, measure in paths.items():
+      found[name].append(measure(args.seconds))
+  medians = {name: statistics.median(rates) for name, rates in found.items()}
+  decoders = medians.pop('pillow'), medians.pop('tensorflow')
+  medians['jpeg_limit'] = max(decoders)
+
+  print(f'{"path":16} images/s  a core  of the limit')
+  for name, images in medians.items():
+    share = images / medians['jpeg_limit']
+    print(
+      f'{name:16} {images:8.0f}  {images / CORES:6.0f}',
+      f'{share:10.2f}' if name.startswith('jpeg') else '',
+    )
+  if args.json:
+    rows = [
+      {'path': name, 'images_per_second': images}
+      for name, images in medians.items()
+    ]
+    args.json.write_text(json.dumps({'rows': rows}, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,54 @@
+"""Fashion-MNIST, 28x28 in patches of 4: a real data set for a small machine.
+
+  python main.py --config=configs/fashion_mnist.py --workdir=/tmp/fashion
+
+TFDS downloads it; without a network, `benchmarks/stage_fashion_mnist.py` makes
+the same data set out of Debian's package. About half an hour on two CPU cores,
+and minutes on any accelerator. docs/results.md has what we reached.
+
+`fashion_mnist.py:smoke` is the same job in a few steps, for tests.
+"""
+
+import ml_collections
+
+from configs import default
+from focusformer_jax import augment
+from focusformer_jax import space
+
+UPDATES_PER_EPOCH = 54_000 // 128
+
+
+def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
+  c = default.get_config()
+  c.data.name = 'fashion_mnist'
+  c.data.image_size = 28
+  c.data.heldout = 0.1
+  c.data.eval_batch_size = 512
+
+  c.augment = default.section(
+    augment.Recipe(crop_padding=2, flip=True, mean=(0.286,), std=(0.353,))
+  )
+
+  c.space = default.section(space.PIXELS28)
+  c.supernet.patch_size = 4
+  c.supernet.init_std = 0.05
+
+  c.train.steps = 20 * UPDATES_PER_EPOCH
+  c.train.log_every = 100
+  c.train.eval_every = 5 * UPDATES_PER_EPOCH
+  c.train.checkpoint_every = UPDATES_PER_EPOCH
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.warmup_steps = UPDATES_PER_EPOCH
+
+  c.sampler.every = 32
+  c.sampler.batch_size = 128
+  c.search.random = 32
+
+  if variant == 'smoke':
+    c.data.batch_size = 16
+    c.data.eval_batch_size = 16
+    c.sampler.batch_size = 16
+    default.shorten(c)
+  elif variant != 'base':
+    raise ValueError(f'fashion_mnist.py: wanted base or smoke, found {variant}')
+  return c.lock()

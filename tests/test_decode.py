@@ -1,0 +1,80 @@
+"""Encoded images to arrays: boxes by hand, pixels beside Pillow's."""
+
+import io
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from focusformer_jax import decode
+
+
+@pytest.fixture(scope='module')
+def photograph() -> Image.Image:
+  from sklearn import datasets
+
+  return Image.fromarray(datasets.load_sample_images().images[0])
+
+
+def encode(image: Image.Image, form: str) -> bytes:
+  target = io.BytesIO()
+  image.save(target, form, **({'quality': 95} if form == 'JPEG' else {}))
+  return target.getvalue()
+
+
+def test_centre_box_is_seven_eighths_of_the_shorter_side():
+  assert decode.centre_box(256, 512) == (16, 144, 224, 224)
+  assert decode.centre_box(1, 1) == (0, 0, 1, 1)
+
+
+def test_random_boxes_keep_area_and_aspect():
+  rng = np.random.default_rng(0)
+  boxes = [decode.random_box(rng, 375, 500, (0.08, 1.0)) for _ in range(4000)]
+  top, left, height, width = np.array(boxes).T
+  assert (top >= 0).all()
+  assert (top + height <= 375).all()
+  assert (left >= 0).all()
+  assert (left + width <= 500).all()
+  aspect = width / height
+  assert aspect.min() > 0.73
+  assert aspect.max() < 1.37
+  area = width * height / (375 * 500)
+  assert area.min() > 0.075
+  # Even over [0.08, 1], but for large boxes that do not fit: below the half,
+  # 42 to 58 of 92 parts each.
+  inside = area < 0.5
+  assert np.mean(area[inside]) == pytest.approx(0.29, abs=0.01)
+
+
+def test_a_strip_gets_the_largest_box_in_its_middle():
+  box = decode.random_box(np.random.default_rng(0), 10, 1000, (0.9, 1.0))
+  assert box == (0, 493, 10, 13)
+
+
+@pytest.mark.parametrize('form', ['JPEG', 'PNG'])
+def test_the_centre_is_what_pillow_sees(photograph, form):
+  encoded = encode(photograph, form)
+  found = decode.decode(encoded, 64, 3)
+  top, left, height, width = decode.centre_box(
+    photograph.height, photograph.width
+  )
+  wanted = (
+    Image.open(io.BytesIO(encoded))
+    .crop((left, top, left + width, top + height))
+    .resize((64, 64), Image.Resampling.BILINEAR)
+  )
+  difference = np.abs(found.astype(int) - np.asarray(wanted).astype(int))
+  assert found.shape == (64, 64, 3)
+  assert difference.mean() < 1
+
+
+def test_a_seed_is_a_crop_and_grey_is_one_channel(photograph):
+  encoded = encode(photograph, 'JPEG')
+
+  def crop(seed):
+    rng = np.random.default_rng(seed)
+    return decode.decode(encoded, 32, 1, rng, (0.1, 1.0))
+
+  assert crop(0).shape == (32, 32, 1)
+  assert np.array_equal(crop(0), crop(0))
+  assert not np.array_equal(crop(0), crop(1))

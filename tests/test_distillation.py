@@ -1,0 +1,44 @@
+"""Divergences against enumeration over two classes."""
+
+import jax
+import numpy as np
+import pytest
+
+from focusformer_jax import distillation
+
+
+def logits(*probabilities):
+  return np.log(np.array([probabilities], np.float32))
+
+
+def test_divergences_by_hand():
+  teacher, student = logits(0.5, 0.5), logits(0.8, 0.2)
+  kl = 0.5 * np.log(0.5 / 0.8) + 0.5 * np.log(0.5 / 0.2)
+  over = 0.5 * (0.8**2 / 0.5 + 0.2**2 / 0.5 - 1)
+  assert distillation.kl(teacher, student)[0] == pytest.approx(kl, rel=1e-5)
+  assert distillation.alpha(teacher, student)[0] == pytest.approx(
+    max(kl, over), rel=1e-5
+  )
+  # Overconfidence: the teacher doubts what the student is sure of.
+  sure, unsure = logits(0.75, 0.25), logits(0.98, 0.02)
+  assert over != kl
+  assert distillation.alpha(sure, unsure)[0] >= distillation.kl(sure, unsure)[0]
+
+
+@pytest.mark.parametrize('name', ['kl', 'alpha'])
+def test_the_student_alone_learns_and_a_copy_has_nothing_to_learn(name):
+  loss = distillation.divergence(name, temperature=2.0)
+  teacher, student = logits(0.5, 0.5), logits(0.8, 0.2)
+  teacher_grad, student_grad = jax.grad(
+    lambda t, s: loss(t, s).sum(), argnums=(0, 1)
+  )(teacher, student)
+  assert not np.any(teacher_grad)
+  assert np.any(student_grad)
+  assert loss(student, student)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_temperature_softens_both_and_keeps_the_scale():
+  teacher, student = logits(0.5, 0.5), logits(0.8, 0.2)
+  wanted = 4 * distillation.kl(teacher / 2, student / 2)
+  found = distillation.divergence('kl', 2.0)(teacher, student)
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)

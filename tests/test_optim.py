@@ -1,0 +1,78 @@
+"""What the optimizer does, by numbers that follow from its settings."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import digits
+from focusformer_jax import optim
+from focusformer_jax import settings as settings_lib
+
+OPTIMIZER = settings_lib.parse(digits.get_config()).optimizer
+
+
+def make(steps=100, batch_size=128, **changes):
+  settings = dataclasses.replace(OPTIMIZER, **changes)
+  return optim.supernet_optimizer(settings, steps, batch_size)
+
+
+class Weights(nnx.Module):
+  def __init__(self):
+    self.up = nnx.Param(jnp.array([[1.0, 2.0]]), axes=('embed', 'mlp'))
+
+
+def gradient(*values):
+  return jax.tree.map(lambda _: jnp.array([values]), Weights())
+
+
+@pytest.mark.parametrize(
+  'reference, accumulate, scale', [(0, 1, 1), (64, 1, 2), (256, 4, 2)]
+)
+def test_the_rate_follows_the_batch(reference, accumulate, scale):
+  settings = dataclasses.replace(
+    OPTIMIZER, reference_batch=reference, accumulate=accumulate
+  )
+  schedule = optim.schedule(settings, 1000, 128)
+  warmup, last = settings.warmup_steps // accumulate, 1000 // accumulate
+  peak, end = settings.learning_rate, settings.final_learning_rate
+  assert schedule(0) == 0
+  assert schedule(warmup) == pytest.approx(scale * peak, rel=1e-5)
+  assert schedule(last) == pytest.approx(scale * end, rel=1e-4)
+
+
+def test_accumulated_gradients_are_one_mean_gradient():
+  whole, parts = make(warmup_steps=0), make(warmup_steps=0, accumulate=2)
+  wanted, _ = whole.update(gradient(0.2, 0.1), whole.init(Weights()), Weights())
+  state = parts.init(Weights())
+  nothing, state = parts.update(gradient(0.1, 0.1), state, Weights())
+  found, _ = parts.update(gradient(0.3, 0.1), state, Weights())
+  assert not np.any(nothing.up.get_value())
+  np.testing.assert_allclose(
+    found.up.get_value(), wanted.up.get_value(), rtol=1e-4
+  )
+
+
+def test_untouched_entries_move_or_are_held():
+  for hold in (False, True):
+    optimizer = make(warmup_steps=0, hold_untouched=hold)
+    weights, state = Weights(), optimizer.init(Weights())
+    updates, state = optimizer.update(gradient(0.1, 0.1), state, weights)
+    weights = optax.apply_updates(weights, updates)
+    before = np.asarray(weights.up.get_value())
+    updates, state = optimizer.update(gradient(0.1, 0.0), state, weights)
+    after = np.asarray(optax.apply_updates(weights, updates).up.get_value())
+    assert before[0, 0] != after[0, 0]
+    assert (before[0, 1] == after[0, 1]) == hold
+
+
+def test_a_moving_average_starts_near_the_newest_weights():
+  zeros, ones = jax.tree.map(jnp.zeros_like, Weights()), gradient(1.0, 1.0)
+  early = optim.average(0.99, jnp.int32(0), zeros, ones).up.get_value()
+  late = optim.average(0.99, jnp.int32(10_000), zeros, ones).up.get_value()
+  np.testing.assert_allclose(early, 0.9, rtol=1e-6)
+  np.testing.assert_allclose(late, 0.01, rtol=1e-4)
