@@ -10,6 +10,7 @@ Letters: `E` embed choices, `H` head choices, `R` ratio choices, `L` layers.
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 import numpy as np
@@ -92,8 +93,9 @@ class CostTable:
     return stem[e] + jnp.sum(jnp.where(live, layer, 0), axis=-1)
 
   def of(self, arch: space_lib.Architecture) -> int:
-    """The exact cost of one concrete architecture."""
-    return int(self.units(arch)) * self.unit
+    """The exact cost of one concrete architecture, also while others trace."""
+    with jax.ensure_compile_time_eval():
+      return int(self.units(arch)) * self.unit
 
   def within(self, budget: float) -> int:
     """The largest whole number of units that does not exceed `budget`."""

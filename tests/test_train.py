@@ -19,6 +19,7 @@ from focusformer_jax import run
 from focusformer_jax import settings as settings_lib
 from focusformer_jax import sharding
 from focusformer_jax import steps
+from focusformer_jax import supernet as supernet_lib
 from focusformer_jax import train
 
 
@@ -128,6 +129,17 @@ def test_meshes_agree_with_one_device(tfds_dir, one_device, shape):
   up = state.supernet.blocks.mlp.up.get_value()
   shards = {tuple(s.data.shape) for s in up.addressable_shards}
   assert shards == {(3, 64, 192 // shape[1])}
+
+
+def test_auto_execution_follows_the_devices(tfds_dir):
+  experiment = experiment_lib.create(
+    smoke_settings(tfds_dir, supernet__execution='auto'), jax.devices()[:1]
+  )
+  assert experiment.abstract_state.supernet.execution == 'switched'
+  choose = supernet_lib.choose_execution
+  assert choose('tpu', groups=1, relative_cost=0.5) == 'switched'
+  assert choose('tpu', groups=2, relative_cost=0.5) == 'masked'
+  assert choose('gpu', groups=1, relative_cost=0.9) == 'masked'
 
 
 def test_every_option_of_the_optimizer_trains_and_restores(tfds_dir, tmp_path):
