@@ -5,6 +5,7 @@ Letters: `A` architectures.
 
 from collections.abc import Sequence
 import functools
+import time
 from typing import NamedTuple
 
 from absl import logging
@@ -18,6 +19,9 @@ from focusformer_jax import sharding
 from focusformer_jax import space as space_lib
 from focusformer_jax import steps
 from focusformer_jax import supernet as supernet_lib
+
+# Between two lines that say how far it is.
+PROGRESS_SECONDS = 10
 
 
 class Score(NamedTuple):
@@ -60,34 +64,36 @@ class Evaluator:
     archs: list[space_lib.Architecture],
     source: data.Source,
   ) -> list[Score]:
-    """Loss and accuracy of each architecture; every example counts once."""
-    scores = []
-    for start in range(0, len(archs), self._chunk):
-      chunk = archs[start : start + self._chunk]
-      padded = chunk + chunk[-1:] * (self._chunk - len(chunk))
-      scores += self._score_chunk(supernet, space_lib.stack(padded), source)[
-        : len(chunk)
-      ]
-      if len(archs) > self._chunk:
-        logging.info('scored %d of %d subnets', len(scores), len(archs))
-    return scores
+    """Loss and accuracy of each architecture; every example counts once.
 
-  def _score_chunk(self, supernet, archs, source) -> list[Score]:
-    totals = None
-    for batch in data.eval_batches(
-      source,
-      self._experiment.settings.data.eval_batch_size,
-      jax.process_index(),
-      jax.process_count(),
-    ):
+    Each batch is read, decoded and sent to the devices once, however many
+    architectures there are.
+    """
+    settings, chunk = self._experiment.settings, self._chunk
+    padded = list(archs) + [archs[-1]] * (-len(archs) % chunk)
+    chunks = [
+      space_lib.stack(padded[start : start + chunk])
+      for start in range(0, len(padded), chunk)
+    ]
+    size = settings.data.eval_batch_size
+    process = jax.process_index(), jax.process_count()
+    totals, count, shown = np.zeros((2, len(padded))), 0.0, time.monotonic()
+    for i, batch in enumerate(data.eval_batches(source, size, *process)):
       batch = sharding.put_batch(self._experiment.mesh, batch)
-      sums = jax.tree.map(
-        np.float64, jax.device_get(self._step(supernet, archs, batch))
-      )
-      totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+      sums = jax.device_get([self._step(supernet, c, batch) for c in chunks])
+      totals[0] += np.concatenate([s.loss for s in sums])
+      totals[1] += np.concatenate([s.correct for s in sums])
+      count += float(sums[0].count)
+      if time.monotonic() - shown > PROGRESS_SECONDS:
+        shown = time.monotonic()
+        logging.info(
+          'scoring %d subnets: %d of %d images',
+          len(archs),
+          min((i + 1) * size, len(source)),
+          len(source),
+        )
+    losses, accuracies = totals[:, : len(archs)] / count
     return [
       Score(float(loss), float(accuracy))
-      for loss, accuracy in zip(
-        totals.loss / totals.count, totals.correct / totals.count, strict=True
-      )
+      for loss, accuracy in zip(losses, accuracies, strict=True)
     ]

@@ -5,7 +5,11 @@ import sys
 
 import pytest
 
+from configs import cifar10
+from configs import cifar100
 from configs import digits
+from configs import fashion_mnist
+from configs import imagenet2012
 from focusformer_jax import errors
 from focusformer_jax import experiment as experiment_lib
 from focusformer_jax import settings as settings_lib
@@ -33,6 +37,9 @@ def parse(**changes) -> settings_lib.Settings:
     ('train__steps', 1.5, 'config.train.steps: wanted int, found 1.5'),
     ('train__steps', True, 'config.train.steps: wanted int, found True'),
     ('train__more', 1, 'config.train.more: no such key'),
+    ('data__repeats', 3, 'config.data.repeats: wanted a divisor'),
+    ('distillation__loss', 'x', 'config.distillation.loss: wanted one of'),
+    ('optimizer__ema', 1.0, 'config.optimizer.ema: wanted at most'),
     ('data__heldout', 0.0, 'config.data.heldout: wanted at least 0.01'),
     ('data__heldout', 0.95, 'config.data.heldout: wanted at most 0.9'),
     ('data__name', 3, 'config.data.name: wanted str, found 3'),
@@ -51,6 +58,23 @@ def test_a_wrong_value_is_named(key, value, message):
   with pytest.raises(errors.UserError) as error:
     parse(**{key: value})
   assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+  'module, variants',
+  [
+    (cifar10, ('base', 'smoke')),
+    (cifar100, ('base', 'smoke')),
+    (digits, ('base', 'smoke')),
+    (fashion_mnist, ('base', 'smoke')),
+    (imagenet2012, ('tiny', 'small', 'base', 'smoke')),
+  ],
+)
+def test_every_config_is_valid_and_names_its_variants(module, variants):
+  for variant in variants:
+    settings_lib.parse(module.get_config(variant))
+  with pytest.raises(ValueError, match=r'wanted .* found nothing_such'):
+    module.get_config('nothing_such')
 
 
 @pytest.mark.parametrize(
