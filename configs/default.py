@@ -98,7 +98,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.distillation.temperature = 1.0
 
   c.curriculum = ml_collections.ConfigDict()
-  # 'focus' trains what the sampler proposes, 'uniform' draws choices evenly.
+  # 'focus' trains what the sampler proposes, 'uniform' draws choices evenly,
+  # 'uniform_cost' budgets, 'sandwich' adds the smallest and the largest.
   c.curriculum.name = 'focus'
   # Different subnets in one update; they share the batch.
   c.curriculum.subnets = 4

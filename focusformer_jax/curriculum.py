@@ -20,8 +20,8 @@ Draw = Callable[
 
 
 def warmup_steps(settings: settings_lib.Settings) -> int:
-  """Steps before the sampler is trained and asked."""
-  if settings.curriculum.name == 'uniform':
+  """Steps before the sampler is trained and asked; all but for 'focus'."""
+  if settings.curriculum.name != 'focus':
     return settings.train.steps
   return round(settings.curriculum.warmup * settings.train.steps)
 
@@ -33,10 +33,16 @@ def make(
 ) -> Draw:
   """The configured curriculum.
 
-  'uniform' draws every choice uniformly at every step, as AutoFormer does.
-  'focus' starts so, for the share `warmup` of all steps; after that each
-  subnet gets a budget of its own and is drawn within it, from the policy with
-  probability 1 - epsilon and uniformly over architectures otherwise.
+  'uniform' draws every choice uniformly, as AutoFormer does: costs pile up in
+  the middle. 'uniform_cost' gives each subnet a budget drawn uniformly between
+  the lowest and the highest cost, and draws it uniformly among the
+  architectures within that.
+  'sandwich' (BigNAS, arXiv 2003.11142) takes the largest, the smallest and
+  uniform draws for the rest; with distillation, where the largest trains on
+  all images in any case, the smallest and the rest.
+  'focus' starts as 'uniform', for the share `warmup` of all steps; after that
+  each subnet gets a budget of its own and is drawn within it, from the policy
+  with probability 1 - epsilon and uniformly over architectures otherwise.
   """
   count = settings.curriculum.subnets
   epsilon = settings.curriculum.epsilon
@@ -45,6 +51,28 @@ def make(
   def uniform(key, step, policy):
     del step, policy
     return jax.vmap(space.uniform)(jax.random.split(key, count))
+
+  def uniform_cost_one(key):
+    budget_key, draw_key = jax.random.split(key)
+    budget = budgets.draw(budget_key, 'linear')
+    weights = policy_lib.architecture_weights(space)
+    drawn = policy_lib.sample(draw_key, weights, budgets, budget, 1)
+    return jax.tree.map(lambda leaf: leaf[0], drawn)
+
+  def uniform_cost(key, step, policy):
+    del step, policy
+    return jax.vmap(uniform_cost_one)(jax.random.split(key, count))
+
+  def sandwich(key, step, policy):
+    ends = [space.largest(), space.smallest()]
+    if settings.distillation.loss != 'none':
+      ends = ends[1:]
+    drawn = uniform(key, step, policy)
+    return jax.tree.map(
+      lambda fixed, leaf: jnp.concatenate([fixed, leaf[len(ends) :]]),
+      space_lib.stack(ends),
+      drawn,
+    )
 
   def focus_one(key, step, policy):
     budget_key, explore_key, draw_key = jax.random.split(key, 3)
@@ -68,7 +96,12 @@ def make(
       jax.random.split(key, count), step, policy
     )
 
-  return {'uniform': uniform, 'focus': focus}[settings.curriculum.name]
+  return {
+    'uniform': uniform,
+    'uniform_cost': uniform_cost,
+    'sandwich': sandwich,
+    'focus': focus,
+  }[settings.curriculum.name]
 
 
 def _select(condition: Float[Array, ''], yes, no):

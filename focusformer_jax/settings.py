@@ -73,7 +73,7 @@ class Distillation:
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-  name: str = _one_of('uniform', 'focus')
+  name: str = _one_of('uniform', 'uniform_cost', 'sandwich', 'focus')
   subnets: int = _number(at_least=1)
   warmup: float = _number(at_least=0, at_most=1)
   epsilon: float = _number(at_least=0, at_most=1)
@@ -149,6 +149,14 @@ def parse(config: ml_collections.ConfigDict) -> Settings:
     raise errors.UserError(
       f'config.curriculum.subnets: wanted a divisor of config.data.batch_size='
       f'{settings.data.batch_size}, found {settings.curriculum.subnets}'
+    )
+  least = 2 if settings.distillation.loss == 'none' else 1
+  if settings.curriculum.name == 'sandwich' and (
+    settings.curriculum.subnets < least
+  ):
+    raise errors.UserError(
+      f'config.curriculum.subnets: wanted at least {least} for sandwich, found '
+      f'{settings.curriculum.subnets}'
     )
   if settings.data.batch_size % settings.data.repeats:
     raise errors.UserError(
