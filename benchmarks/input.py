@@ -30,61 +30,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import flags
 import numpy as np
+import photographs
 from PIL import Image
-from PIL import ImageEnhance
-from PIL import ImageFilter
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from focusformer_jax import augment
 from focusformer_jax import data
-from focusformer_jax import decode
 
 SIZE, BATCH, AREA = 224, 64, (0.08, 1.0)
 CORES = os.cpu_count() or 1
-
-
-class Photographs(tfds.core.GeneratorBasedBuilder):
-  """JPEGs of ImageNet's sizes, varied from two real photographs."""
-
-  VERSION = tfds.core.Version('1.0.0')
-  COUNT = 2048
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    features = tfds.features.FeaturesDict(
-      {
-        'image': tfds.features.Image(encoding_format='jpeg'),
-        'label': tfds.features.ClassLabel(num_classes=2),
-      }
-    )
-    return tfds.core.DatasetInfo(builder=self, features=features)
-
-  def _split_generators(self, dl_manager):
-    return {'train': self._generate_examples()}
-
-  def _generate_examples(self):
-    from sklearn import datasets
-
-    photographs = [
-      Image.fromarray(i) for i in datasets.load_sample_images().images
-    ]
-    rng = np.random.default_rng(0)
-    for i in range(self.COUNT):
-      image = photographs[i % 2]
-      box = decode.random_box(rng, image.height, image.width, (0.3, 1.0))
-      width, height = (500, 375) if rng.random() < 0.75 else (375, 500)
-      scale = rng.uniform(0.8, 1.2)
-      image = image.resize(
-        (round(width * scale), round(height * scale)),
-        Image.Resampling.BICUBIC,
-        (box.left, box.top, box.left + box.width, box.top + box.height),
-      )
-      image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.6, 1.4))
-      image = image.filter(ImageFilter.UnsharpMask(2, int(rng.integers(0, 80))))
-      encoded = io.BytesIO()
-      image.save(encoded, 'JPEG', quality=95)
-      encoded.seek(0)
-      yield i, {'image': encoded, 'label': i % 2}
 
 
 def rate(batches, seconds: float) -> float:
@@ -161,7 +116,9 @@ def main():
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
 
-  builder = Photographs(data_dir=args.data_dir, file_format='array_record')
+  builder = photographs.Photographs(
+    data_dir=args.data_dir, file_format='array_record'
+  )
   builder.download_and_prepare()
   raw = builder.as_data_source(
     'train', decoders={'image': tfds.decode.SkipDecoding()}
