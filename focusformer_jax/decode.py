@@ -4,15 +4,17 @@ What has to happen before images can be batched, on the host; everything else
 is done on the device (`augment.py`).
 """
 
-import io
 import math
 from typing import NamedTuple
 
+import cv2
 import numpy as np
-from PIL import Image
-import tensorflow as tf
 
 from focusformer_jax import augment
+from focusformer_jax import errors
+
+# Batches are decoded in parallel, not images.
+cv2.setNumThreads(1)
 
 # Evaluation shows the middle of an image whose shorter side is 256 for 224.
 CENTRE_SHARE = 224 / 256
@@ -63,31 +65,30 @@ def decode(
   """One image as uint8 of shape (size, size, channels).
 
   Args:
-    encoded: a JPEG, of which only the box is decoded, or what Pillow reads.
+    encoded: a file that OpenCV reads, such as JPEG, PNG or WebP.
     size: pixels along one side of the result.
     channels: 1 for grey, 3 for colour.
     rng: draws a random box, where `area` is given; without, the centre box.
     area: smallest and largest share of the image's area in a random box.
+
+  Raises:
+    UserError: the bytes are no image.
   """
-
-  def choose(height, width):
-    if rng is None or area is None:
-      return centre_box(height, width)
-    return random_box(rng, height, width, area)
-
-  if encoded.startswith(b'\xff\xd8'):
-    with Image.open(io.BytesIO(encoded)) as header:
-      width, height = header.size
-    box = choose(height, width)
-    pixels = tf.io.decode_and_crop_jpeg(
-      encoded, np.array(box, np.int32), channels=channels
-    ).numpy()
-    image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-  else:
-    image = Image.open(io.BytesIO(encoded)).convert(
-      'L' if channels == 1 else 'RGB'
+  flags = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+  pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+  if pixels is None:
+    raise errors.UserError(
+      f'config.data: wanted an image, found {len(encoded):,} bytes that are '
+      'none'
     )
-    top, left, height, width = choose(image.height, image.width)
-    image = image.crop((left, top, left + width, top + height))
-  resized = image.resize((size, size), Image.Resampling.BILINEAR)
-  return np.asarray(resized).reshape(size, size, channels)
+  height, width = pixels.shape[:2]
+  if rng is None or area is None:
+    box = centre_box(height, width)
+  else:
+    box = random_box(rng, height, width, area)
+  pixels = pixels[box.top :, box.left :][: box.height, : box.width]
+  # Two pixels far apart do not stand for those between them.
+  shrinks = max(box.height, box.width) >= 2 * size
+  how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+  resized = cv2.resize(pixels, (size, size), interpolation=how)
+  return resized.reshape(size, size, channels)
