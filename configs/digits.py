@@ -2,7 +2,7 @@
 
   python main.py --config=configs/digits.py --workdir=workdir/digits
 
-About three minutes on two CPU cores.
+About two minutes on two CPU cores.
 
 `digits.py:smoke` is the same job in a few steps, for tests.
 """
