@@ -62,19 +62,7 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
   c.search.random = 100
 
   if variant == 'smoke':
-    c.data.batch_size = 32
-    c.data.eval_batch_size = 16
-    c.sampler.batch_size = 16
-    c.space = default.section(
-      space.SearchSpace(
-        embed_dim=(24, 48),
-        depth=(1, 2),
-        num_heads=(1, 2),
-        mlp_ratio=(1.0, 2.0),
-        head_dim=16,
-      )
-    )
-    default.shorten(c)
+    default.shrink(c)
   elif variant != 'base':
     raise ValueError(f'cifar100.py: wanted base or smoke, found {variant}')
   return c.lock()

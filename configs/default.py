@@ -180,3 +180,20 @@ def shorten(c: ml_collections.ConfigDict) -> None:
   # Half as long to compile.
   c.supernet.execution = 'masked'
   c.search.random = 4
+
+
+def shrink(c: ml_collections.ConfigDict) -> None:
+  """Cuts a job on larger images down, for tests: a narrow space, few images."""
+  c.data.batch_size = 16
+  c.data.eval_batch_size = 16
+  c.sampler.batch_size = 16
+  c.space = section(
+    space.SearchSpace(
+      embed_dim=(24, 48),
+      depth=(1, 2),
+      num_heads=(1, 2),
+      mlp_ratio=(1.0, 2.0),
+      head_dim=16,
+    )
+  )
+  shorten(c)

@@ -45,10 +45,7 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
   c.search.random = 32
 
   if variant == 'smoke':
-    c.data.batch_size = 16
-    c.data.eval_batch_size = 16
-    c.sampler.batch_size = 16
-    default.shorten(c)
+    default.shrink(c)
   elif variant != 'base':
     raise ValueError(f'fashion_mnist.py: wanted base or smoke, found {variant}')
   return c.lock()

@@ -81,18 +81,6 @@ def get_config(variant: str = 'tiny') -> ml_collections.ConfigDict:
 
   if variant == 'smoke':
     c.data.image_size = 32
-    c.data.batch_size = 16
-    c.data.eval_batch_size = 16
     c.data.workers = 0
-    c.sampler.batch_size = 16
-    c.space = default.section(
-      space.SearchSpace(
-        embed_dim=(24, 48),
-        depth=(1, 2),
-        num_heads=(1, 2),
-        mlp_ratio=(1.0, 2.0),
-        head_dim=16,
-      )
-    )
-    default.shorten(c)
+    default.shrink(c)
   return c.lock()
