@@ -3,8 +3,8 @@
   python main.py --config=configs/fashion_mnist.py --workdir=/tmp/fashion
 
 TFDS downloads it; without a network, `benchmarks/stage_fashion_mnist.py` makes
-the same data set out of Debian's package. About half an hour on two CPU cores.
-Not run by us to its end yet, so no accuracy of ours stands here.
+the same data set out of Debian's package. Not run by us to its end yet, so
+neither accuracy nor duration of ours stands here.
 
 `fashion_mnist.py:smoke` is the same job in a few steps, for tests.
 """

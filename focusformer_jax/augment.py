@@ -36,6 +36,8 @@ class Recipe:
     crop_padding: pixels of black around the image before a crop to its size.
     resized_crop: smallest and largest share of the image's area that a random
       crop keeps before it is stretched to the image's size; None for no crop.
+      Encoded images are cropped so while they are decoded, and None shows
+      their middle.
     flip: mirror left and right, half of the time.
     randaugment_layers: how many ops of `Op` are drawn for every image.
     randaugment_magnitude: mean severity of an op, from 0 to 10.
