@@ -26,19 +26,18 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
   c.data.eval_batch_size = 512
 
   c.augment = default.section(
-    augment.Recipe(crop_padding=2, flip=True, mean=(0.286,), std=(0.353,))
+    augment.Recipe(flip=True, mean=(0.286,), std=(0.353,))
   )
 
   c.space = default.section(space.PIXELS28)
   c.supernet.patch_size = 4
-  c.supernet.init_std = 0.05
 
-  c.train.steps = 20 * UPDATES_PER_EPOCH
+  c.train.steps = 26 * UPDATES_PER_EPOCH
   c.train.log_every = 100
-  c.train.eval_every = 5 * UPDATES_PER_EPOCH
+  c.train.eval_every = 6 * UPDATES_PER_EPOCH
   c.train.checkpoint_every = UPDATES_PER_EPOCH
-  c.optimizer.learning_rate = 1e-3
-  c.optimizer.warmup_steps = UPDATES_PER_EPOCH
+  c.optimizer.learning_rate = 3e-3
+  c.optimizer.warmup_steps = 200
 
   c.sampler.every = 32
   c.sampler.batch_size = 128

@@ -281,11 +281,11 @@ PIXELS8 = SearchSpace(
   head_dim=16,
 )
 PIXELS28 = SearchSpace(
-  embed_dim=(32, 48, 64, 96),
-  depth=(2, 3, 4, 5, 6),
-  num_heads=(1, 2, 3, 4),
-  mlp_ratio=(1.0, 2.0, 3.0, 4.0),
-  head_dim=24,
+  embed_dim=(32, 48, 64),
+  depth=(2, 3, 4, 5),
+  num_heads=(2, 3, 4),
+  mlp_ratio=(1.0, 2.0, 3.0),
+  head_dim=16,
 )
 PIXELS32 = SearchSpace(
   embed_dim=(96, 144, 192, 240),

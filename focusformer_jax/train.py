@@ -25,6 +25,10 @@ from focusformer_jax import steps
 
 CHECKPOINTS = 'checkpoints'
 
+# Steps that the host may be ahead of the devices: enough to keep them busy,
+# few enough that progress says what is done and not what is asked for.
+STEPS_AHEAD = 2
+
 
 class Preempted(Exception):
   """SIGTERM came; everything is saved."""
@@ -131,6 +135,8 @@ def _loop(
         state, sampled = sampler_step(state, next_batch('heldout'))
         metrics |= sampled
       pending.append(metrics)
+      if len(pending) > STEPS_AHEAD:
+        jax.block_until_ready(pending[-1 - STEPS_AHEAD])
       progress(step)
 
       last = step == total or preempted.is_set()
