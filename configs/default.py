@@ -99,14 +99,21 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.curriculum = ml_collections.ConfigDict()
   # 'focus' trains what the sampler proposes, 'uniform' draws choices evenly,
-  # 'uniform_cost' budgets, 'sandwich' adds the smallest and the largest.
+  # 'uniform_cost' budgets, 'sandwich' adds the smallest and the largest,
+  # 'attentive' keeps one of some candidates by its held-out loss.
   c.curriculum.name = 'focus'
   # Different subnets in one update; they share the batch.
   c.curriculum.subnets = 4
   # Share of all steps that draw evenly before the sampler is asked.
   c.curriculum.warmup = 0.4
-  # Probability of an even draw within the budget after that.
+  # Probability of an even draw within the budget after that,
   c.curriculum.epsilon = 0.2
+  # which moves in a straight line to this one at the last step.
+  c.curriculum.final_epsilon = 0.2
+  # Candidates for each subnet of 'attentive',
+  c.curriculum.candidates = 3
+  # and which of them it trains: the 'best' or the 'worst'.
+  c.curriculum.keep = 'best'
 
   c.sampler = ml_collections.ConfigDict()
   # What budgets bound: 'macs' or 'params'.
@@ -119,11 +126,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.sampler.frequencies = 4
   # Supernet updates between sampler updates.
   c.sampler.every = 8
-  # Subnets that one sampler update compares, all at one budget.
+  # Subnets that one sampler update compares at one budget.
   c.sampler.subnets = 8
   # Held-out images that they are compared on.
   c.sampler.batch_size = 128
-  # 'loss' (minus cross-entropy) or 'accuracy'.
+  # 'loss' (minus cross-entropy), 'accuracy', 'mnasnet' (accuracy and cost), or
+  # 'pareto' (how few others of the update are better and cheaper).
   c.sampler.reward = 'loss'
   # Whether to divide advantages by the spread of the rewards compared.
   c.sampler.scale_rewards = True
@@ -133,8 +141,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.sampler.penalty = 1.0
   # How budgets are drawn over the reachable range: 'log' or 'linear'.
   c.sampler.budgets = 'log'
-  # Weight of the policy's entropy in its objective.
+  # How many of them one sampler update draws.
+  c.sampler.budgets_per_update = 1
+  # Weight of the policy's entropy in its objective after the warm-up,
   c.sampler.entropy = 0.05
+  # which moves in a straight line to this one at the last step.
+  c.sampler.final_entropy = 0.05
   # Adam's.
   c.sampler.learning_rate = 3e-3
 

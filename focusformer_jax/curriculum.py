@@ -1,7 +1,9 @@
 """How a training step picks its subnets.
 
-A curriculum is a function `draw(key, step, policy) -> S architectures`, traced
-into the training step.
+A curriculum is a function `draw(key, step, policy, score) -> S architectures`,
+traced into the training step.
+
+Letters: `A` architectures, `S` subnets of a training step.
 """
 
 from collections.abc import Callable
@@ -9,13 +11,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+import optax
 
 from focusformer_jax import policy as policy_lib
 from focusformer_jax import settings as settings_lib
 from focusformer_jax import space as space_lib
 
+# Held-out losses of A architectures.
+Score = Callable[[space_lib.Architecture], Float[Array, 'A']]
 Draw = Callable[
-  [jax.Array, Int[Array, ''], policy_lib.Policy], space_lib.Architecture
+  [jax.Array, Int[Array, ''], policy_lib.Policy, Score], space_lib.Architecture
 ]
 
 
@@ -24,6 +29,21 @@ def warmup_steps(settings: settings_lib.Settings) -> int:
   if settings.curriculum.name != 'focus':
     return settings.train.steps
   return round(settings.curriculum.warmup * settings.train.steps)
+
+
+def after_warmup(
+  settings: settings_lib.Settings, first: float, last: float
+) -> optax.Schedule:
+  """`first` until the warm-up ends, then a straight line to `last`."""
+  warmup = warmup_steps(settings)
+  return optax.linear_schedule(
+    first, last, max(1, settings.train.steps - warmup), warmup
+  )
+
+
+def wants_scores(settings: settings_lib.Settings) -> bool:
+  """Whether draws look at held-out losses."""
+  return settings.curriculum.name == 'attentive'
 
 
 def make(
@@ -40,34 +60,56 @@ def make(
   'sandwich' (BigNAS, arXiv 2003.11142) takes the largest, the smallest and
   uniform draws for the rest; with distillation, where the largest trains on
   all images in any case, the smallest and the rest.
+  'attentive' (AttentiveNAS, arXiv 2011.09011, which predicts accuracies where
+  this measures losses) gives each subnet a budget as 'uniform_cost' does, draws
+  `candidates` within it, and keeps the one of the lowest ('best') or highest
+  ('worst') held-out loss.
   'focus' starts as 'uniform', for the share `warmup` of all steps; after that
   each subnet gets a budget of its own and is drawn within it, from the policy
   with probability 1 - epsilon and uniformly over architectures otherwise.
+  Epsilon moves in a straight line to `final_epsilon`.
   """
   count = settings.curriculum.subnets
-  epsilon = settings.curriculum.epsilon
+  candidates = settings.curriculum.candidates
   warmup = warmup_steps(settings)
+  epsilon = after_warmup(
+    settings, settings.curriculum.epsilon, settings.curriculum.final_epsilon
+  )
 
-  def uniform(key, step, policy):
-    del step, policy
+  def uniform(key, step, policy, score):
+    del step, policy, score
     return jax.vmap(space.uniform)(jax.random.split(key, count))
 
-  def uniform_cost_one(key):
+  def within_uniform_cost(key, how_many):
     budget_key, draw_key = jax.random.split(key)
     budget = budgets.draw(budget_key, 'linear')
-    weights = policy_lib.architecture_weights(space)
-    drawn = policy_lib.sample(draw_key, weights, budgets, budget, 1)
-    return jax.tree.map(lambda leaf: leaf[0], drawn)
+    return policy_lib.uniform_within(draw_key, space, budgets, budget, how_many)
 
-  def uniform_cost(key, step, policy):
+  def uniform_cost(key, step, policy, score):
+    del step, policy, score
+    return _flatten(
+      jax.vmap(lambda key: within_uniform_cost(key, 1))(
+        jax.random.split(key, count)
+      )
+    )
+
+  def attentive(key, step, policy, score):
     del step, policy
-    return jax.vmap(uniform_cost_one)(jax.random.split(key, count))
+    drawn = _flatten(
+      jax.vmap(lambda key: within_uniform_cost(key, candidates))(
+        jax.random.split(key, count)
+      )
+    )
+    loss_SK = score(drawn).reshape(count, candidates)
+    pick = {'best': jnp.argmin, 'worst': jnp.argmax}[settings.curriculum.keep]
+    kept_S = jnp.arange(count) * candidates + pick(loss_SK, 1)
+    return jax.tree.map(lambda leaf: leaf[kept_S], drawn)
 
-  def sandwich(key, step, policy):
+  def sandwich(key, step, policy, score):
     ends = [space.largest(), space.smallest()]
     if settings.distillation.loss != 'none':
       ends = ends[1:]
-    drawn = uniform(key, step, policy)
+    drawn = uniform(key, step, policy, score)
     return jax.tree.map(
       lambda fixed, leaf: jnp.concatenate([fixed, leaf[len(ends) :]]),
       space_lib.stack(ends),
@@ -77,7 +119,7 @@ def make(
   def focus_one(key, step, policy):
     budget_key, explore_key, draw_key = jax.random.split(key, 3)
     budget = budgets.draw(budget_key, settings.sampler.budgets)
-    explore = jax.random.uniform(explore_key) < epsilon
+    explore = jax.random.uniform(explore_key) < epsilon(step)
     weights = _select(
       step < warmup,
       policy_lib.choice_weights(space),
@@ -91,7 +133,8 @@ def make(
     drawn = policy_lib.sample(draw_key, weights, budgets, bound, 1)
     return jax.tree.map(lambda leaf: leaf[0], drawn)
 
-  def focus(key, step, policy):
+  def focus(key, step, policy, score):
+    del score
     return jax.vmap(focus_one, (0, None, None))(
       jax.random.split(key, count), step, policy
     )
@@ -100,8 +143,14 @@ def make(
     'uniform': uniform,
     'uniform_cost': uniform_cost,
     'sandwich': sandwich,
+    'attentive': attentive,
     'focus': focus,
   }[settings.curriculum.name]
+
+
+def _flatten(archs: space_lib.Architecture) -> space_lib.Architecture:
+  """Batches of architectures as one batch."""
+  return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), archs)
 
 
 def _select(condition: Float[Array, ''], yes, no):

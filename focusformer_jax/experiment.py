@@ -141,6 +141,7 @@ class Experiment:
       policy=sampler,
       policy_optimizer=self.policy_optimizer.init(sampler),
       trained=policy_lib.architecture_weights(self.space),
+      gigamacs=jnp.float32(0),
     )
 
   @functools.cached_property

@@ -73,10 +73,15 @@ class Distillation:
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-  name: str = _one_of('uniform', 'uniform_cost', 'sandwich', 'focus')
+  name: str = _one_of(
+    'uniform', 'uniform_cost', 'sandwich', 'attentive', 'focus'
+  )
   subnets: int = _number(at_least=1)
   warmup: float = _number(at_least=0, at_most=1)
   epsilon: float = _number(at_least=0, at_most=1)
+  final_epsilon: float = _number(at_least=0, at_most=1)
+  candidates: int = _number(at_least=2)
+  keep: str = _one_of('best', 'worst')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +93,14 @@ class Sampler:
   every: int = _number(at_least=1)
   subnets: int = _number(at_least=2)
   batch_size: int = _number(at_least=1)
-  reward: str = _one_of('loss', 'accuracy')
+  reward: str = _one_of('loss', 'accuracy', 'mnasnet', 'pareto')
   scale_rewards: bool
   constraint: str = _one_of('exact', 'penalty')
   penalty: float = _number(at_least=0)
   budgets: str = _one_of('log', 'linear')
+  budgets_per_update: int = _number(at_least=1)
   entropy: float = _number(at_least=0)
+  final_entropy: float = _number(at_least=0)
   learning_rate: float = _number(above=0)
 
 

@@ -23,6 +23,8 @@ class TrainState:
     policy_optimizer: state of the sampler's optimizer.
     trained: how often each choice was trained so far, in the form of the
       policy's weights; float32 counts of subnets.
+    gigamacs: what training has cost so far, in 1e9 multiply-adds: of updates
+      (a backward pass counts as two forwards) and of all subnets scored.
   """
 
   step: jax.Array
@@ -32,6 +34,7 @@ class TrainState:
   policy: policy_lib.Policy
   policy_optimizer: optax.OptState
   trained: policy_lib.LogWeights
+  gigamacs: jax.Array
 
   @property
   def scored(self) -> supernet_lib.Supernet:

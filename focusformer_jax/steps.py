@@ -1,7 +1,7 @@
 """The compiled steps: pure functions of an experiment, a state and a batch.
 
-Letters: `B` batch, `C` classes, `S` subnets of a training step, `M` subnets
-that the sampler scores, `A` subnets that an evaluation scores.
+Letters: `B` batch, `C` classes, `S` subnets of a training step, `K` budgets of
+a sampler step, `M` subnets drawn at each, `A` subnets that are scored.
 """
 
 from typing import NamedTuple
@@ -17,12 +17,16 @@ from focusformer_jax import distillation as distillation_lib
 from focusformer_jax import experiment as experiment_lib
 from focusformer_jax import optim
 from focusformer_jax import policy as policy_lib
+from focusformer_jax import rewards
 from focusformer_jax import sharding
 from focusformer_jax import space as space_lib
 from focusformer_jax import state as state_lib
 from focusformer_jax import supernet as supernet_lib
 
 Metrics = dict[str, Float[Array, '']]
+
+# In forward passes: the backward pass multiplies by weights and by inputs.
+FORWARD_AND_BACKWARD = 3
 
 
 def supernet_step(
@@ -33,15 +37,22 @@ def supernet_step(
   """One update of the weights that the subnets of this step share.
 
   The curriculum picks S subnets, each trains on its share of the batch. With
-  distillation the largest subnet trains on all of it, and teaches them.
+  distillation the largest subnet trains on all of it, and teaches them. Where
+  the curriculum looks at losses, `batch['heldout']` is a held-out batch.
   """
   settings, distillation = experiment.settings, experiment.settings.distillation
 
   def key(stream):
     return state_lib.stream_key(settings.seed, stream, state.step)
 
+  candidates = []
+
+  def score(archs):
+    candidates.append(archs)
+    return eval_step(experiment, state.scored, archs, batch['heldout']).loss
+
   archs = experiment.draw(
-    key(state_lib.Stream.CURRICULUM), state.step, state.policy
+    key(state_lib.Stream.CURRICULUM), state.step, state.policy, score
   )
   images, targets_BC = augment.augment(
     experiment.recipe,
@@ -82,23 +93,39 @@ def supernet_step(
       settings.optimizer.ema, state.step, average, supernet
     )
   counts = curriculum.count_choices(experiment.space, archs)
+  examples = len(batch['label'])
+  forward = _gigamacs(experiment, archs, examples // len(archs.depth))
+  if distillation.loss != 'none':
+    forward += _gigamacs(experiment, largest, examples)
+  scored = sum(
+    _gigamacs(experiment, archs, len(batch['heldout']['label']))
+    for archs in candidates
+  )
   state = state.replace(
     step=state.step + 1,
+    gigamacs=state.gigamacs + scored + FORWARD_AND_BACKWARD * forward,
     supernet=supernet,
     optimizer=optimizer,
     average=average,
     trained=jax.tree.map(jnp.add, state.trained, counts),
   )
-  table = experiment.tables['macs']
-  macs = jax.vmap(table.units)(archs).astype(jnp.float32) * table.unit
-  if distillation.loss != 'none':
-    macs += table.maximum
   return state, {
     'train/loss': loss,
     'train/grad_norm': optax.tree.norm(grads),
-    'train/macs_per_image': macs.mean(),
+    'train/macs_per_image': 1e9 * forward / examples,
     'train/skipped_in_a_row': optimizer.notfinite_count.astype(jnp.float32),
   }
+
+
+def _gigamacs(
+  experiment: experiment_lib.Experiment,
+  archs: space_lib.Architecture,
+  images: int,
+) -> Float[Array, '']:
+  """Of one forward pass of each architecture over as many images."""
+  table = experiment.tables['macs']
+  macs_A = jax.vmap(table.units)(archs).astype(jnp.float32) * table.unit
+  return macs_A.sum() * images / 1e9
 
 
 def sampler_step(
@@ -108,60 +135,71 @@ def sampler_step(
 ) -> tuple[state_lib.TrainState, Metrics]:
   """One policy-gradient update of the sampler (REINFORCE, Williams 1992).
 
-  M subnets drawn at one budget are scored on the same held-out images with
-  the supernet's weights. The baseline of each is the mean reward of the other
-  M - 1 (Kool et al. 2019), which leaves the gradient unbiased. Divided by the
-  rewards' spread, if so configured, late rewards that hardly differ count as
-  much as early ones, and the entropy bonus keeps its weight beside them.
+  M subnets drawn at each of K budgets are all scored on the same held-out
+  images with the supernet's weights; `rewards` turns that into advantages.
   """
   settings = experiment.settings.sampler
   budgets, space = experiment.budgets, experiment.space
+  K, M = settings.budgets_per_update, settings.subnets
   budget_key, draw_key = jax.random.split(
     state_lib.stream_key(
       experiment.settings.seed, state_lib.Stream.SAMPLER, state.step
     )
   )
-  budget = budgets.draw(budget_key, settings.budgets)
+  budget_K = jax.vmap(lambda key: budgets.draw(key, settings.budgets))(
+    jax.random.split(budget_key, K)
+  )
   exact = settings.constraint == 'exact'
-  bound = budget if exact else budgets.range[1]
-  position = budgets.normalise(budget)
-  archs = policy_lib.sample(
-    draw_key, state.policy(position), budgets, bound, settings.subnets
+  bound_K = budget_K if exact else jnp.full_like(budget_K, budgets.range[1])
+  position_K = jax.vmap(budgets.normalise)(budget_K)
+
+  def draw(key, position, bound):
+    return policy_lib.sample(key, state.policy(position), budgets, bound, M)
+
+  archs_KM = jax.vmap(draw)(jax.random.split(draw_key, K), position_K, bound_K)
+  archs_A = jax.tree.map(
+    lambda leaf: leaf.reshape(K * M, *leaf.shape[2:]), archs_KM
   )
-  scores = eval_step(experiment, state.scored, archs, batch)
-  count = scores.count
-  reward_M = (
-    scores.correct / count
-    if settings.reward == 'accuracy'
-    else -scores.loss / count
+  scores = eval_step(experiment, state.scored, archs_A, batch)
+  reward_KM, advantage_KM = rewards.advantages(
+    settings,
+    rewards.Scored(
+      loss_KM=(scores.loss / scores.count).reshape(K, M),
+      accuracy_KM=(scores.correct / scores.count).reshape(K, M),
+      cost_KM=jax.vmap(budgets.table.units)(archs_A).reshape(K, M),
+      budget_K=budget_K,
+    ),
   )
-  if not exact:
-    cost_M = jax.vmap(budgets.table.units)(archs)
-    reward_M -= settings.penalty * jax.nn.relu(cost_M / budget - 1)
-  advantage_M = (reward_M - reward_M.mean()) * (
-    settings.subnets / (settings.subnets - 1)
-  )
-  if settings.scale_rewards:
-    advantage_M /= reward_M.std() + 1e-6
+  entropy_weight = curriculum.after_warmup(
+    experiment.settings, settings.entropy, settings.final_entropy
+  )(state.step)
 
   def loss_fn(policy: policy_lib.Policy):
-    weights = policy(position)
-    log_prob_M = policy_lib.log_prob(weights, space, budgets, bound, archs)
-    entropy = policy_lib.entropy(weights, budgets, bound)
-    loss = -jnp.mean(advantage_M * log_prob_M) - settings.entropy * entropy
-    return loss, entropy
+    def at_budget(position, bound, archs_M, advantage_M):
+      weights = policy(position)
+      log_prob_M = policy_lib.log_prob(weights, space, budgets, bound, archs_M)
+      entropy = policy_lib.entropy(weights, budgets, bound)
+      loss = -jnp.mean(advantage_M * log_prob_M) - entropy_weight * entropy
+      return loss, entropy
+
+    loss_K, entropy_K = jax.vmap(at_budget)(
+      position_K, bound_K, archs_KM, advantage_KM
+    )
+    return loss_K.mean(), entropy_K.mean()
 
   grads, entropy = jax.grad(loss_fn, has_aux=True)(state.policy)
   updates, optimizer = experiment.policy_optimizer.update(
     grads, state.policy_optimizer
   )
+  images = len(batch['label'])
   state = state.replace(
     policy=optax.apply_updates(state.policy, updates),
     policy_optimizer=optimizer,
+    gigamacs=state.gigamacs + _gigamacs(experiment, archs_A, images),
   )
   return state, {
-    'sampler/reward': reward_M.mean(),
-    'sampler/reward_spread': reward_M.std(),
+    'sampler/reward': reward_KM.mean(),
+    'sampler/reward_spread': reward_KM.std(1).mean(),
     'sampler/entropy': entropy,
   }
 

@@ -110,13 +110,14 @@ def _loop(
   total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
 
   # Two programs own the state; the evaluator's only look at it.
-  supernet_step = _compile(
-    experiment, steps.supernet_step, settings.data.batch_size
-  )
+  heldout_batch = experiment.abstract_batch(settings.sampler.batch_size)
+  batch = experiment.abstract_batch(settings.data.batch_size)
+  scores = curriculum.wants_scores(settings)
+  if scores:
+    batch['heldout'] = heldout_batch
+  supernet_step = _compile(experiment, steps.supernet_step, batch)
   if warmup < total:
-    sampler_step = _compile(
-      experiment, steps.sampler_step, settings.sampler.batch_size
-    )
+    sampler_step = _compile(experiment, steps.sampler_step, heldout_batch)
 
   def next_batch(name):
     return sharding.put_batch(experiment.mesh, next(iterators[name]))
@@ -130,7 +131,10 @@ def _loop(
   pending = []
   with _SigtermFlag() as preempted, metric_writers.ensure_flushes(writer):
     for step in range(int(state.step) + 1, total + 1):
-      state, metrics = supernet_step(state, next_batch('train'))
+      batch = next_batch('train')
+      if scores:
+        batch['heldout'] = next_batch('heldout')
+      state, metrics = supernet_step(state, batch)
       if step > warmup and step % settings.sampler.every == 0:
         state, sampled = sampler_step(state, next_batch('heldout'))
         metrics |= sampled
@@ -173,12 +177,12 @@ def _log_overview(experiment, state):
     )
 
 
-def _compile(experiment, step, batch_size: int):
+def _compile(experiment, step, batch):
   """Compiles a step ahead of the loop, and says what it takes."""
   start = time.monotonic()
   compiled = (
     jax.jit(functools.partial(step, experiment), donate_argnums=0)
-    .lower(experiment.abstract_state, experiment.abstract_batch(batch_size))
+    .lower(experiment.abstract_state, batch)
     .compile()
   )
   memory = compiled.memory_analysis()

@@ -14,6 +14,7 @@ ORDER = (
   'cost',
   'augment',
   'settings',
+  'rewards',
   'decode',
   'datasets',
   'data',

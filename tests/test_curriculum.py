@@ -7,6 +7,7 @@ from scipy import stats
 
 from configs import digits
 from focusformer_jax import curriculum
+from focusformer_jax import policy
 from focusformer_jax import settings as settings_lib
 from tests.conftest import TINY
 from tests.test_policy import ALL
@@ -15,15 +16,19 @@ from tests.test_policy import COSTS
 COUNT, CALLS = 4, 1000
 
 
-def draw(budgets, name, distillation='none'):
-  """Indices into `ALL` of 1,000 calls' draws, of shape (1000, 4)."""
+def parse(name, distillation='none', **options):
   config = digits.get_config()
   with config.unlocked():
-    config.curriculum.update({'name': name, 'subnets': COUNT})
+    config.curriculum.update({'name': name, 'subnets': COUNT, **options})
     config.distillation.loss = distillation
-  make = curriculum.make(settings_lib.parse(config), TINY, budgets)
+  return settings_lib.parse(config)
+
+
+def draw(budgets, settings, step=0, policy=None, score=None):
+  """Indices into `ALL` of 1,000 calls' draws, of shape (1000, 4)."""
+  make = curriculum.make(settings, TINY, budgets)
   keys = jax.random.split(jax.random.key(7), CALLS)
-  archs = jax.jit(jax.vmap(lambda key: make(key, 0, None)))(keys)
+  archs = jax.jit(jax.vmap(lambda key: make(key, step, policy, score)))(keys)
   return identify(archs)
 
 
@@ -46,7 +51,10 @@ def identify(archs) -> np.ndarray:
 
 
 def assert_distributed(found, probability):
-  counts = np.bincount(found.ravel(), minlength=len(COSTS))
+  assert_goodness(np.bincount(found.ravel(), minlength=len(COSTS)), probability)
+
+
+def assert_goodness(counts, probability):
   assert not counts[probability == 0].any()
   possible = probability > 0
   expected = probability[possible] * counts.sum()
@@ -60,20 +68,77 @@ def uniform_over_choices() -> np.ndarray:
 
 
 def test_uniform_is_uniform_over_choices(budgets):
-  assert_distributed(draw(budgets, 'uniform'), uniform_over_choices())
+  found = draw(budgets, parse('uniform'))
+  assert_distributed(found, uniform_over_choices())
 
 
 def test_uniform_cost_is_uniform_within_a_uniform_budget(budgets):
   bounds = np.linspace(*map(float, budgets.range), 20_001)
   within = COSTS[:, None] <= bounds
   probability = (within / within.sum(0)).mean(1)
-  assert_distributed(draw(budgets, 'uniform_cost'), probability)
+  assert_distributed(draw(budgets, parse('uniform_cost')), probability)
+
+
+@pytest.mark.parametrize('keep', ['best', 'worst'])
+def test_attentive_keeps_the_end_of_its_candidates(budgets, keep):
+  """Of k uniform draws among n, the r-th best is the best with known odds."""
+  k = 3
+  found = draw(
+    budgets,
+    parse('attentive', candidates=k, keep=keep),
+    score=jax.vmap(budgets.table.units),
+  )
+  # The 'loss' is the cost; architectures of equal cost are told apart by it
+  # no more than by the test, so it looks at costs alone.
+  costs, number = np.unique(COSTS, return_counts=True)
+  probability = np.zeros(len(costs))
+  bounds = np.linspace(*map(float, budgets.range), 2_001)
+  for within in np.searchsorted(costs, bounds, side='right'):
+    n = number[:within].sum()
+    at_most = np.cumsum(number[:within]) / n
+    below = np.concatenate([[0], at_most[:-1]])
+    if keep == 'best':
+      odds = (1 - below) ** k - (1 - at_most) ** k
+    else:
+      odds = at_most**k - below**k
+    probability[:within] += odds / len(bounds)
+  place = np.searchsorted(costs, np.asarray(COSTS)[found])
+  counts = np.bincount(place.ravel(), minlength=len(costs))
+  assert_goodness(counts, probability)
 
 
 @pytest.mark.parametrize('distillation', ['none', 'kl'])
 def test_a_sandwich_has_its_ends(budgets, distillation):
-  found = draw(budgets, 'sandwich', distillation)
+  found = draw(budgets, parse('sandwich', distillation))
   smallest, largest = COSTS.argmin(), COSTS.argmax()
   ends = [largest, smallest] if distillation == 'none' else [smallest]
   assert (found[:, : len(ends)] == ends).all()
   assert_distributed(found[:, len(ends) :], uniform_over_choices())
+
+
+def test_focus_is_uniform_until_the_warm_up_ends(budgets):
+  found = draw(
+    budgets, parse('focus'), policy=lambda budget: policy.choice_weights(TINY)
+  )
+  assert_distributed(found, uniform_over_choices())
+
+
+def test_focus_draws_from_the_policy_within_a_log_uniform_budget(budgets):
+  weights = policy.choice_weights(TINY)
+  found = draw(
+    budgets,
+    parse('focus', epsilon=0.0, final_epsilon=0.0),
+    step=digits.get_config().train.steps,
+    policy=lambda budget: weights,
+  )
+  bounds = np.geomspace(*map(float, budgets.range), 20_001)
+  within = (COSTS[:, None] <= bounds) * uniform_over_choices()[:, None]
+  assert_distributed(found, (within / within.sum(0)).mean(1))
+
+
+def test_after_warmup_moves_in_a_straight_line():
+  settings = parse('focus', warmup=0.5)
+  total = settings.train.steps
+  schedule = curriculum.after_warmup(settings, 0.4, 0.1)
+  found = [float(schedule(total * share)) for share in (0, 0.5, 0.75, 1)]
+  np.testing.assert_allclose(found, [0.4, 0.4, 0.25, 0.1], atol=1e-6)

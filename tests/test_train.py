@@ -1,6 +1,7 @@
 """The loop: resuming, devices, compilations, and the whole job in small."""
 
 import collections
+import dataclasses
 import functools
 import json
 
@@ -15,6 +16,7 @@ from focusformer_jax import data
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import policy as policy_lib
 from focusformer_jax import run
 from focusformer_jax import settings as settings_lib
 from focusformer_jax import sharding
@@ -140,6 +142,75 @@ def test_auto_execution_follows_the_devices(tfds_dir):
   assert choose('tpu', groups=1, relative_cost=0.5) == 'switched'
   assert choose('tpu', groups=2, relative_cost=0.5) == 'masked'
   assert choose('gpu', groups=1, relative_cost=0.9) == 'masked'
+
+
+def one_step(experiment, batch, step):
+  step = jax.jit(functools.partial(step, experiment))
+  return step(experiment.init_state(), batch)
+
+
+@pytest.mark.parametrize(('distillation', 'teacher'), [('none', 0), ('kl', 1)])
+def test_gigamacs_count_every_pass(tfds_dir, distillation, teacher):
+  """Of a sandwich without draws, whose costs are known."""
+  subnets = 2 - teacher
+  experiment = experiment_lib.create(
+    smoke_settings(
+      tfds_dir,
+      curriculum__name='sandwich',
+      curriculum__subnets=subnets,
+      distillation__loss=distillation,
+    ),
+    jax.devices()[:1],
+  )
+  state, _ = one_step(
+    experiment, first_batches(experiment, 1)[0], steps.supernet_step
+  )
+  table, images = experiment.tables['macs'], 32 // subnets
+  forward = images * table.minimum + 32 // subnets * table.maximum
+  np.testing.assert_allclose(state.gigamacs, 3 * forward / 1e9, rtol=1e-6)
+
+
+def test_attentive_counts_its_candidates(tfds_dir):
+  experiment = experiment_lib.create(
+    smoke_settings(tfds_dir, curriculum__name='attentive'), jax.devices()[:1]
+  )
+  batch, heldout = first_batches(experiment, 2)
+  state, metrics = one_step(
+    experiment, batch | {'heldout': heldout}, steps.supernet_step
+  )
+  trained = 3 * 32 * float(metrics['train/macs_per_image']) / 1e9
+  scored = (float(state.gigamacs) - trained) * 1e9 / (32 * 4 * 3)
+  table = experiment.tables['macs']
+  assert table.minimum < scored < table.maximum
+
+
+def test_penalty_and_exact_agree_where_no_budget_binds(tfds_dir):
+  """All subnets cost the same, so both forms draw and reward alike."""
+  policies = []
+  for constraint in ('exact', 'penalty'):
+    experiment = experiment_lib.create(
+      smoke_settings(
+        tfds_dir,
+        sampler__constraint=constraint,
+        sampler__budgets_per_update=2,
+        sampler__reward='pareto',
+      ),
+      jax.devices()[:1],
+    )
+    table = experiment.tables['macs']
+    flat = dataclasses.replace(
+      table,
+      stem_E=np.full_like(table.stem_E, table.unit),
+      attention_EH=np.zeros_like(table.attention_EH),
+      mlp_ER=np.zeros_like(table.mlp_ER),
+    )
+    experiment.__dict__['budgets'] = policy_lib.Budgets(flat)
+    state, _ = one_step(
+      experiment, first_batches(experiment, 1)[0], steps.sampler_step
+    )
+    policies.append(state.policy)
+  assert_equal(*policies)
+  assert np.abs(policies[0].out.kernel.get_value()).max() > 0
 
 
 def test_every_option_of_the_optimizer_trains_and_restores(tfds_dir, tmp_path):

@@ -1,0 +1,287 @@
+"""Which curriculum pays, at equal compute, over seeds.
+
+  JAX_NUM_CPU_DEVICES=2 python benchmarks/curricula.py fashion_mnist \
+      --workdir /tmp/curricula --json docs/results/curricula_fashion_mnist.json
+
+Trains a supernet with every curriculum and seed, lets each propose networks
+for six budgets, and tests those. Focus proposes what its sampler decodes,
+without any evaluation; the others what evolution finds in their supernet, and
+beside it the best of as many uniform draws. Prints a table, and draws a plot
+beside the JSON.
+
+Steps are chosen so that all spend about the same multiply-adds, held-out
+scores included; what they did spend is in the table. Everything is kept in the
+workdir: a second start goes on where the first one was stopped. `--only`
+takes some curricula, or ablations, see `VARIANTS`.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import flags
+from absl import logging
+from etils import epath
+import matplotlib
+import numpy as np
+from pymoo.indicators import hv
+
+from configs import digits
+from configs import fashion_mnist
+from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import run
+from focusformer_jax import settings as settings_lib
+from focusformer_jax import train
+
+matplotlib.use('agg')
+from matplotlib import pyplot as plt
+
+CURRICULA = ('uniform', 'uniform_cost', 'sandwich', 'attentive', 'focus')
+
+# The config of each data set, what is changed in it, and the steps of the
+# uniform curriculum.
+JOBS = {
+  'digits': (digits.get_config, {}, 1200),
+  'fashion_mnist': (
+    fashion_mnist.get_config,
+    {'supernet.patch_size': 7, 'data.heldout': 0.02},
+    2000,
+  ),
+}
+
+# Changes to the job of each name. `share` is of the uniform curriculum's
+# steps, so that all spend the same.
+VARIANTS: dict[str, dict[str, Any]] = {
+  'uniform': {},
+  'uniform_cost': {'share': 1.0},
+  'sandwich': {'share': 0.27, 'distillation.loss': 'kl'},
+  'attentive': {'share': 0.43},
+  'focus': {'share': 1.15},
+  # Ablations of focus.
+  'focus, warm-up 0.2': {'share': 1.2, 'curriculum.warmup': 0.2},
+  'focus, warm-up 0.7': {'share': 1.1, 'curriculum.warmup': 0.7},
+  'focus, epsilon 0': {'share': 1.1, 'curriculum.epsilon': 0.0},
+  'focus, epsilon 0.5': {'share': 1.2, 'curriculum.epsilon': 0.5},
+  'focus, epsilon 0.5 to 0': {'share': 1.15, 'curriculum.epsilon': 0.5},
+  'focus, accuracy': {'share': 1.15, 'sampler.reward': 'accuracy'},
+  'focus, MnasNet': {'share': 1.15, 'sampler.reward': 'mnasnet'},
+  'focus, Pareto rank': {
+    'share': 1.15,
+    'sampler.reward': 'pareto',
+    'sampler.budgets_per_update': 4,
+    'sampler.every': 32,
+  },
+  'focus, penalty': {'share': 1.15, 'sampler.constraint': 'penalty'},
+  'focus, S=1': {'share': 1.15, 'curriculum.subnets': 1},
+  'focus, S=8': {'share': 1.15, 'curriculum.subnets': 8},
+  'focus, linear budgets': {'share': 0.9, 'sampler.budgets': 'linear'},
+  'focus, distillation': {'share': 0.28, 'distillation.loss': 'kl'},
+  'focus, average': {'share': 1.15, 'optimizer.ema': 0.998},
+}
+
+
+def settings_of(job: str, variant: str, seed: int) -> settings_lib.Settings:
+  """One run's settings."""
+  get_config, changes, steps = JOBS[job]
+  changes = changes | VARIANTS[variant]
+  share = changes.pop('share', 1.0)
+  steps = round(share * steps)
+  name = variant.partition(',')[0]
+  method = 'sampler' if name == 'focus' else 'evolution'
+  changes |= {
+    'seed': seed,
+    'curriculum.name': name,
+    'train.steps': steps,
+    'train.eval_every': steps,
+    'train.checkpoint_every': -(-steps // 4),
+    'search.method': (method, 'random'),
+    'search.random': 64,
+    'search.population': 32,
+    'search.generations': 8,
+  }
+  config = get_config()
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  return settings_lib.parse(config)
+
+
+def outcome(
+  settings: settings_lib.Settings, workdir: epath.Path
+) -> dict[str, Any]:
+  """What a run came to, from what is in its workdir; runs what is missing."""
+  experiment = experiment_lib.create(settings)
+  if not train.is_finished(experiment, workdir):
+    run.run(settings, workdir, 'train')
+  if not (workdir / 'results.json').exists():
+    run.run(settings, workdir, 'search')
+  with train.open_checkpoints(experiment, workdir) as checkpoints:
+    state = checkpoints.restore(experiment.abstract_state)
+  results = json.loads((workdir / 'results.json').read_text())
+  timing = json.loads((workdir / 'search' / 'timing.json').read_text())
+  trained = {
+    name: (np.asarray(counts) / np.sum(counts)).tolist()
+    for name, counts in state.trained._asdict().items()
+    if name in ('depth', 'embed_dim')
+  }
+  table = experiment.budgets.table
+  return {
+    'steps': settings.train.steps,
+    'gigamacs': float(state.gigamacs),
+    'trained': trained,
+    'range': [table.minimum, table.maximum],
+    'rows': results['budgets'] + results['rivals'],
+    'timing': timing,
+  }
+
+
+def hypervolume(macs, accuracies, low: int, high: int) -> float:
+  """Share of the plane of log MACs and accuracy that networks dominate.
+
+  Costs span the space's range, accuracies 0 to 1.
+  """
+  cost = np.log(np.array(macs) / low) / np.log(high / low)
+  points = np.stack([cost, 1 - np.array(accuracies)], 1)
+  return float(hv.HV(ref_point=np.ones(2))(points))
+
+
+def mean_and_error(values: list[float]) -> dict[str, float]:
+  """Of the mean; needs two values or more."""
+  return {
+    'mean': float(np.mean(values)),
+    'standard_error': float(np.std(values, ddof=1) / np.sqrt(len(values))),
+  }
+
+
+def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
+  """What one curriculum's seeds come to with what `method` proposes."""
+  rows = [
+    sorted(
+      (row for row in run['rows'] if row['method'] == method),
+      key=lambda row: row['budget'],
+    )
+    for run in runs
+  ]
+  return {
+    'method': method,
+    'steps': runs[0]['steps'],
+    'gigamacs': float(np.mean([run['gigamacs'] for run in runs])),
+    'hypervolume': mean_and_error(
+      [
+        hypervolume(
+          [r['macs'] for r in of_run],
+          [r['test_accuracy'] for r in of_run],
+          *run['range'],
+        )
+        for run, of_run in zip(runs, rows, strict=True)
+      ]
+    ),
+    'budgets': [row['budget'] for row in rows[0]],
+    'test_accuracy': [
+      mean_and_error([row['test_accuracy'] for row in at_budget])
+      for at_budget in zip(*rows, strict=True)
+    ],
+    'macs': [
+      float(np.mean([row['macs'] for row in at_budget]))
+      for at_budget in zip(*rows, strict=True)
+    ],
+    'evaluations': sum(row['evaluations'] for row in rows[0]),
+    'seconds': float(
+      np.mean([run['timing'][f'{method}_seconds'] for run in runs])
+    ),
+    'trained': {
+      name: np.mean([run['trained'][name] for run in runs], 0).tolist()
+      for name in runs[0]['trained']
+    },
+  }
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+  """Markdown: accuracies in percent, mean and standard error over seeds."""
+  budgets = next(iter(summaries.values()))['budgets']
+  heading = ['curriculum', 'proposes', *(f'{b / 1e6:.2f}M' for b in budgets)]
+  heading += ['hypervolume', 'evaluations', 'seconds', 'TMACs']
+  lines = [heading, ['---'] * len(heading)]
+  for name, found in summaries.items():
+    volume = found['hypervolume']
+    lines.append(
+      [
+        name,
+        found['method'],
+        *(
+          f'{100 * a["mean"]:.1f} ± {100 * a["standard_error"]:.1f}'
+          for a in found['test_accuracy']
+        ),
+        f'{volume["mean"]:.4f} ± {volume["standard_error"]:.4f}',
+        f'{found["evaluations"]:,}',
+        f'{found["seconds"]:.3g}',
+        f'{found["gigamacs"] / 1e3:.2f}',
+      ]
+    )
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def plot(summaries: dict[str, dict[str, Any]], path: pathlib.Path, job: str):
+  """Test accuracy over budget, a line for each curriculum."""
+  figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+  for name, found in summaries.items():
+    axes.errorbar(
+      found['budgets'],
+      [100 * a['mean'] for a in found['test_accuracy']],
+      [100 * a['standard_error'] for a in found['test_accuracy']],
+      marker='o',
+      capsize=3,
+      label=name,
+    )
+  axes.set_xscale('log')
+  axes.set_xlabel('budget, MACs of one image')
+  axes.set_ylabel('test accuracy, %')
+  axes.set_title(f'{job}: what each curriculum proposes')
+  axes.grid(alpha=0.3, which='both')
+  axes.legend(loc='lower right')
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('job', choices=JOBS)
+  parser.add_argument('--workdir', type=epath.Path, required=True)
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--only', nargs='+', choices=VARIANTS, default=CURRICULA)
+  parser.add_argument('--json', type=pathlib.Path, help='write the table here')
+  args = parser.parse_args()
+  if args.seeds < 2:
+    parser.error(f'--seeds: wanted at least 2, found {args.seeds}')
+  flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
+  logging.set_verbosity(logging.WARNING)
+
+  # Seeds take turns, so that what is there first is a whole comparison.
+  runs = {name: [] for name in args.only}
+  for seed in range(args.seeds):
+    for name in args.only:
+      folder = args.workdir / args.job / f'{name}-{seed}'.replace(', ', '-')
+      print(f'{name}, seed {seed}', flush=True)
+      runs[name].append(outcome(settings_of(args.job, name, seed), folder))
+
+  summaries = {}
+  for name, found in runs.items():
+    own = 'sampler' if name.startswith('focus') else 'evolution'
+    summaries[name] = summary(found, own)
+    summaries[f'{name}, random draws'] = summary(found, 'random')
+  print(table(summaries))
+  if args.json:
+    result = {'seeds': list(range(args.seeds)), 'curricula': summaries}
+    args.json.write_text(json.dumps(result, indent=2) + '\n')
+    plot(summaries, args.json.with_suffix('.png'), args.job)
+
+
+if __name__ == '__main__':
+  main()

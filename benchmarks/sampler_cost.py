@@ -1,0 +1,101 @@
+"""What the sampler costs: its share of the training time after the warm-up.
+
+  python benchmarks/sampler_cost.py --config configs/digits.py
+
+Times, in turns, a supernet step, a sampler step, and what of the two is the
+policy's own: drawing the subnets of a supernet step, and a sampler step whose
+subnets need no scoring. Prints shares of the time between two sampler steps.
+"""
+
+import argparse
+import functools
+import importlib.util
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from absl import flags
+import jax
+
+from focusformer_jax import data
+from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import settings as settings_lib
+from focusformer_jax import sharding
+from focusformer_jax import state as state_lib
+from focusformer_jax import steps
+
+
+def load(path: pathlib.Path) -> settings_lib.Settings:
+  spec = importlib.util.spec_from_file_location('config', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return settings_lib.parse(module.get_config())
+
+
+def draw(experiment, state: state_lib.TrainState):
+  """The subnets of one step."""
+  key = state_lib.stream_key(0, state_lib.Stream.CURRICULUM, state.step)
+  return experiment.draw(key, state.step, state.policy, None)
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--config', type=pathlib.Path, required=True)
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--calls', type=int, default=10, help='of a round')
+  args = parser.parse_args()
+  flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
+
+  settings = load(args.config)
+  experiment = experiment_lib.create(settings)
+  state = experiment.init_state()
+  # Past the warm-up, where the policy is asked.
+  state = state.replace(step=state.step + settings.train.steps - 1)
+
+  def batch(split: str, size: int):
+    batches = data.train_batches(experiment.dataset.split(split), size, 0)
+    return sharding.put_batch(experiment.mesh, next(batches))
+
+  train = batch('train', settings.data.batch_size)
+  heldout = batch('heldout', settings.sampler.batch_size)
+  one_image = batch('heldout', experiment.mesh.size)
+  calls = {
+    'supernet step': (steps.supernet_step, (state, train)),
+    'sampler step': (steps.sampler_step, (state, heldout)),
+    'draws of a supernet step': (draw, (state,)),
+    'sampler step, one image': (steps.sampler_step, (state, one_image)),
+  }
+  compiled = {
+    name: jax.jit(functools.partial(function, experiment))
+    .lower(*arguments)
+    .compile()
+    for name, (function, arguments) in calls.items()
+  }
+  seconds = {name: [] for name in calls}
+  for _ in range(args.rounds):
+    for name, (_, arguments) in calls.items():
+      start = time.perf_counter()
+      for _ in range(args.calls):
+        jax.block_until_ready(compiled[name](*arguments))
+      seconds[name].append((time.perf_counter() - start) / args.calls)
+  medians = {name: statistics.median(s) for name, s in seconds.items()}
+  every = settings.sampler.every
+  cycle = every * medians['supernet step'] + medians['sampler step']
+  print(
+    f'{args.config.name}: one sampler step every {every} supernet steps, on '
+    f'{experiment.mesh.size} {jax.devices()[0].platform} device(s)'
+  )
+  for name, median in medians.items():
+    times = 1 if name.startswith('sampler') else every
+    print(f'{name:26} {1e3 * median:8.2f} ms {times * median / cycle:8.2%}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,62 @@
+"""Rewards and advantages of hand-made scores."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from focusformer_jax import rewards
+from focusformer_jax import settings as settings_lib
+
+SCORED = rewards.Scored(
+  loss_KM=jnp.array([[0.9, 0.5, 0.7], [0.4, 0.5, 0.3]]),
+  accuracy_KM=jnp.array([[0.6, 0.8, 0.7], [0.8, 0.8, 0.9]]),
+  cost_KM=jnp.array([[10.0, 20.0, 20.0], [40.0, 20.0, 40.0]]),
+  budget_K=jnp.array([20.0, 40.0]),
+)
+
+
+@pytest.fixture(scope='module')
+def settings():
+  return settings_lib.parse(digits.get_config()).sampler
+
+
+def test_loss_and_accuracy():
+  np.testing.assert_array_equal(rewards.loss(SCORED), -SCORED.loss_KM)
+  np.testing.assert_array_equal(rewards.accuracy(SCORED), SCORED.accuracy_KM)
+
+
+def test_mnasnet_pays_for_what_is_saved():
+  found = rewards.mnasnet(SCORED)
+  np.testing.assert_allclose(found[0, 1], 0.8)
+  np.testing.assert_allclose(found[0, 0], 0.6 * 0.5**-0.07, rtol=1e-6)
+
+
+def test_pareto_counts_who_dominates():
+  # (0.7, 20) is dominated by both (0.5, 20); (0.4, 40) by (0.3, 40). Equals do
+  # not dominate each other.
+  np.testing.assert_allclose(
+    rewards.pareto(SCORED), [[0, 0, -2 / 5], [-1 / 5, 0, 0]]
+  )
+
+
+def test_the_baseline_is_the_mean_of_the_others(settings):
+  plain = dataclasses.replace(settings, scale_rewards=False)
+  reward, advantage = rewards.advantages(plain, SCORED)
+  others = (reward.sum(1, keepdims=True) - reward) / 2
+  np.testing.assert_allclose(advantage, reward - others, atol=1e-6)
+
+
+def test_scaled_advantages_have_one_spread(settings):
+  _, advantage = rewards.advantages(settings, SCORED)
+  np.testing.assert_allclose(advantage.std(1), 3 / 2, rtol=1e-4)
+
+
+def test_a_penalty_is_paid_for_the_share_beyond_the_budget(settings):
+  penalty = dataclasses.replace(settings, constraint='penalty', penalty=2.0)
+  beyond = dataclasses.replace(SCORED, budget_K=jnp.array([16.0, 40.0]))
+  reward, _ = rewards.advantages(penalty, beyond)
+  np.testing.assert_allclose(reward[0], [-0.9, -0.5 - 0.5, -0.7 - 0.5])
+  np.testing.assert_allclose(reward[1], -SCORED.loss_KM[1])
