@@ -82,6 +82,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, S=8': {'share': 1.15, 'curriculum.subnets': 8},
   'focus, linear budgets': {'share': 0.9, 'sampler.budgets': 'linear'},
   'focus, distillation': {'share': 0.28, 'distillation.loss': 'kl'},
+  'focus, untouched held': {'share': 1.15, 'optimizer.hold_untouched': True},
   'focus, average': {'share': 1.15, 'optimizer.ema': 0.998},
 }
 
@@ -103,7 +104,7 @@ def settings_of(job: str, variant: str, seed: int) -> settings_lib.Settings:
     'search.method': (method, 'random'),
     'search.random': 64,
     'search.population': 32,
-    'search.generations': 8,
+    'search.generations': 5,
   }
   config = get_config()
   with config.unlocked():

@@ -9,7 +9,7 @@ quality 95. Then prints images a second, for all cores and for one, of
   jpeg         our pipeline: decode, random resized crop to 224, batch
   jpeg_tfdata  the same work in tf.data, with its own tuning, from memory
   jpeg_limit   decoding alone, whole images, a thread for each core: the
-               best of OpenCV, TensorFlow and Pillow
+               best of simplejpeg, OpenCV, TensorFlow and Pillow
   cifar        32x32 in memory, shuffled and batched
 
 Everything runs in turns; the figures are medians over the rounds.
@@ -34,6 +34,7 @@ import cv2
 import numpy as np
 import photographs
 from PIL import Image
+import simplejpeg
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -82,7 +83,7 @@ def opencv(encoded: bytes) -> np.ndarray:
   return cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
 
 
-DECODERS = (opencv, pillow, tensorflow)
+DECODERS = (simplejpeg.decode_jpeg, opencv, pillow, tensorflow)
 
 
 def tfdata(encoded: list[bytes], labels: list[int]):

@@ -41,7 +41,7 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
 
   c.sampler.every = 32
   c.sampler.batch_size = 128
-  c.search.random = 32
+  c.search.random = 8
 
   if variant == 'smoke':
     default.shrink(c)

@@ -66,13 +66,31 @@ def test_the_centre_is_what_pillow_sees(photograph, form):
   )
   difference = np.abs(found.astype(int) - np.asarray(wanted).astype(int))
   assert found.shape == (64, 64, 3)
-  # Pillow counts the pixels at a box's rim whole, OpenCV by their share.
-  assert difference.mean() < 1.5
+  # Pillow counts the pixels at a box's rim whole, OpenCV by their share; and
+  # the fast transforms round more coarsely.
+  assert difference.mean() < 2
 
 
-def test_bytes_that_are_no_image_are_an_error():
-  with pytest.raises(errors.UserError, match='found 5 bytes that are none'):
-    decode.decode(b'hello', 8, 3)
+def test_pixels_lie_as_in_the_file(photograph):
+  turned = Image.Exif()
+  turned[0x0112] = 6  # A camera held on its side.
+  target = io.BytesIO()
+  photograph.save(target, 'JPEG', quality=95, exif=turned)
+  for encoded in (
+    target.getvalue(),
+    encode(photograph.convert('CMYK'), 'JPEG'),
+  ):
+    found = decode.decode(encoded, 64, 3)
+    plain = decode.decode(encode(photograph, 'JPEG'), 64, 3)
+    difference = np.abs(found.astype(int) - plain.astype(int))
+    assert difference.mean() < 1.5
+
+
+def test_bytes_that_are_no_image_are_an_error(photograph):
+  half = encode(photograph, 'JPEG')[:20_000]
+  for encoded, found in ((b'hello', '5'), (half, '20,000')):
+    with pytest.raises(errors.UserError, match=f'found {found} bytes that are'):
+      decode.decode(encoded, 8, 3)
 
 
 def test_a_seed_is_a_crop_and_grey_is_one_channel(photograph):
