@@ -12,7 +12,9 @@ quality 95. Then prints images a second, for all cores and for one, of
                best of simplejpeg, OpenCV, TensorFlow and Pillow
   cifar        32x32 in memory, shuffled and batched
 
-Everything runs in turns; the figures are medians over the rounds.
+Everything runs in turns; the figures are medians over the rounds. In the end,
+what augmentation on the device takes of a supernet step, with the recipes and
+spaces of configs/cifar100.py and configs/imagenet2012.py.
 """
 
 import argparse
@@ -31,6 +33,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import flags
 import cv2
+import jax
 import numpy as np
 import photographs
 from PIL import Image
@@ -38,8 +41,14 @@ import simplejpeg
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from configs import cifar100
+from configs import imagenet2012
 from focusformer_jax import augment
 from focusformer_jax import data
+from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import settings as settings_lib
+from focusformer_jax import sharding
+from focusformer_jax import steps
 
 SIZE, BATCH, AREA = 224, 64, (0.08, 1.0)
 CORES = os.cpu_count() or 1
@@ -115,6 +124,47 @@ def tfdata(encoded: list[bytes], labels: list[int]):
   )
 
 
+def augmentation(config, images: int, rounds: int) -> tuple[float, float]:
+  """Seconds of augmenting a batch, and of the whole supernet step."""
+  with config.unlocked():
+    config.data.batch_size = images
+  settings = settings_lib.parse(config)
+  # Only shapes matter, so no data set is opened.
+  classes, size = 100, settings.data.image_size
+  dataset = data.Dataset(
+    settings.data.name, classes, 3, False, None, (), 0.1, 'test'
+  )
+  experiment = experiment_lib.Experiment(
+    settings, dataset, sharding.make_mesh(-1, 1, jax.devices()[:1])
+  )
+  rng = np.random.default_rng(0)
+  batch = data.Batch(
+    image=rng.integers(0, 256, (images, size, size, 3), np.uint8),
+    label=rng.integers(0, classes, images).astype(np.int32),
+    weight=np.ones(images, np.float32),
+  )
+  state = experiment.init_state()
+
+  @jax.jit
+  def alone(batch):
+    return augment.augment(
+      experiment.recipe,
+      jax.random.key(0),
+      batch['image'],
+      batch['label'],
+      classes,
+    )
+
+  whole = jax.jit(functools.partial(steps.supernet_step, experiment, state))
+  seconds = {alone: [], whole: []}
+  for _ in range(rounds + 1):  # The first one compiles.
+    for function, took in seconds.items():
+      start = time.perf_counter()
+      jax.block_until_ready(function(batch))
+      took.append(time.perf_counter() - start)
+  return tuple(statistics.median(took[1:]) for took in seconds.values())
+
+
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -173,12 +223,22 @@ def main():
       f'{name:16} {images:8.0f}  {images / CORES:6.0f}',
       f'{share:10.2f}' if name.startswith('jpeg') else '',
     )
+  shares = {}
+  for module, images in ((cifar100, 128), (imagenet2012, 16)):
+    alone, whole = augmentation(module.get_config(), images, args.rounds)
+    name = module.__name__.removeprefix('configs.')
+    shares[name] = alone / whole
+    print(
+      f'augmentation of {images} images, {name}: {1e3 * alone:.0f} ms, '
+      f'{alone / whole:.1%} of a step of {whole:.2f} s'
+    )
   if args.json:
     rows = [
       {'path': name, 'images_per_second': images}
       for name, images in medians.items()
     ]
-    args.json.write_text(json.dumps({'rows': rows}, indent=2) + '\n')
+    result = {'rows': rows, 'augmentation_share_of_step': shares}
+    args.json.write_text(json.dumps(result, indent=2) + '\n')
 
 
 if __name__ == '__main__':

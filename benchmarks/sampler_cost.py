@@ -65,7 +65,8 @@ def main():
 
   train = batch('train', settings.data.batch_size)
   heldout = batch('heldout', settings.sampler.batch_size)
-  one_image = batch('heldout', experiment.mesh.size)
+  size = experiment.mesh.size
+  one_image = jax.tree.map(lambda leaf: leaf[:size], heldout)
   calls = {
     'supernet step': (steps.supernet_step, (state, train)),
     'sampler step': (steps.sampler_step, (state, heldout)),

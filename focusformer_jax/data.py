@@ -363,7 +363,8 @@ def train_batches(
     return source.batch(mine, (seed, position), first)
 
   order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
-  batches = order.batch(distinct).map_with_index(read)
+  # It never ends, and Grain cannot round its length up.
+  batches = order.batch(distinct, drop_remainder=True).map_with_index(read)
   return iter(_read_ahead(batches, workers))
 
 
