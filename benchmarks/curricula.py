@@ -50,8 +50,13 @@ JOBS = {
   'digits': (digits.get_config, {}, 1200),
   'fashion_mnist': (
     fashion_mnist.get_config,
-    {'supernet.patch_size': 7, 'data.heldout': 0.02},
-    2000,
+    {
+      'supernet.patch_size': 7,
+      'data.heldout': 0.02,
+      'sampler.every': 10,
+      'sampler.batch_size': 32,
+    },
+    1500,
   ),
 }
 

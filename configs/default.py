@@ -125,11 +125,11 @@ def get_config() -> ml_collections.ConfigDict:
   # Fourier features of the budget.
   c.sampler.frequencies = 4
   # Supernet updates between sampler updates.
-  c.sampler.every = 8
+  c.sampler.every = 10
   # Subnets that one sampler update compares at one budget.
   c.sampler.subnets = 8
   # Held-out images that they are compared on.
-  c.sampler.batch_size = 128
+  c.sampler.batch_size = 32
   # 'loss' (minus cross-entropy), 'accuracy', 'mnasnet' (accuracy and cost), or
   # 'pareto' (how few others of the update are better and cheaper).
   c.sampler.reward = 'loss'
