@@ -30,6 +30,7 @@ ORDER = (
   'checkpoint',
   'evaluate',
   'train',
+  'scores',
   'search',
   'subnet',
   'convert',
