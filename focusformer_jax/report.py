@@ -26,11 +26,13 @@ COLUMNS = (
   ('budget', '{:,.0f}'),
   ('macs', '{:,}'),
   ('params', '{:,}'),
+  ('latency', '{:,}'),
   ('heldout_accuracy', '{:.2%}'),
   ('test_accuracy', '{:.2%}'),
 )
 HEADINGS = {
   'macs': 'MACs',
+  'latency': 'µs',
   'heldout_accuracy': 'held-out',
   'test_accuracy': 'test',
 }
@@ -40,7 +42,11 @@ STYLES = {
   'nsga2': dict(marker='D', color='tab:purple', linestyle=':'),
   'random': dict(marker='s', color='tab:orange', linestyle='--'),
 }
-COSTS = {'macs': 'MACs of one image', 'params': 'parameters'}
+COSTS = {
+  'macs': 'MACs of one image',
+  'params': 'parameters',
+  'latency': 'microseconds of one batch, as predicted',
+}
 
 
 def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -49,14 +55,15 @@ def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _cells(results: dict[str, Any]) -> list[list[str]]:
   """The table of budgets: its headings, then its rows."""
-  return [[HEADINGS.get(name, name) for name, _ in COLUMNS]] + [
-    [form.format(row[name]) for name, form in COLUMNS] for row in _rows(results)
+  rows = _rows(results)
+  columns = [(name, form) for name, form in COLUMNS if name in rows[0]]
+  return [[HEADINGS.get(name, name) for name, _ in columns]] + [
+    [form.format(row[name]) for name, form in columns] for row in rows
   ]
 
 
-def table(results: dict[str, Any]) -> str:
-  """The results as aligned text."""
-  rows = _cells(results)
+def align(rows: list[list[str]]) -> str:
+  """Cells in columns, a line under the headings; numbers to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
     '  '.join(
@@ -66,6 +73,11 @@ def table(results: dict[str, Any]) -> str:
     for row in rows
   ]
   return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:]])
+
+
+def table(results: dict[str, Any]) -> str:
+  """The results as aligned text."""
+  return align(_cells(results))
 
 
 def pareto_plot(results: dict[str, Any]) -> figure_lib.Figure:
@@ -168,8 +180,9 @@ def curve_plots(curves: Curves) -> dict[str, figure_lib.Figure]:
 def policy_plots(policy: dict[str, Any]) -> dict[str, figure_lib.Figure]:
   """The probability of each choice, given each budget, as heat maps.
 
-  Depth and width are choice by budget; heads and MLP ratio layer by choice,
-  a map a budget, where a row sums to the probability that the layer is alive.
+  Depth and width are choice by budget, and beside that the share of each in
+  training. Heads and MLP ratio are layer by choice, a map a budget, where a
+  row sums to the probability that the layer is alive.
   """
   budgets = policy['budgets']
   labels = [_short(b['budget']) for b in budgets]
@@ -179,12 +192,14 @@ def policy_plots(policy: dict[str, Any]) -> dict[str, figure_lib.Figure]:
   figure, both = plt.subplots(2, figsize=(5, 4), sharex=True)
   for axes, name in zip(both, ('depth', 'embed_dim'), strict=True):
     choices = policy['choices'][name]
-    image = axes.imshow(
-      np.transpose([b['probability'][name] for b in budgets]), **shades
-    )
+    trained = np.array(policy['trained'][name])
+    columns = [b['probability'][name] for b in budgets]
+    columns.append(trained / max(1, trained.sum()))
+    image = axes.imshow(np.transpose(columns), **shades)
+    axes.axvline(len(budgets) - 0.5, color='0.5')
     axes.set_yticks(range(len(choices)), choices)
     axes.set_ylabel({'embed_dim': 'width'}.get(name, name))
-    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(columns)), [*labels, 'trained'])
   both[-1].set_xlabel('budget')
   figure.set_layout_engine('constrained')
   figure.colorbar(image, ax=both, label='probability')

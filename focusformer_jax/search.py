@@ -312,7 +312,7 @@ def search(
     'budgets': [row for row in rows if row['method'] == first],
     'rivals': [row for row in rows if row['method'] != first],
   }
-  policy = _policy(experiment, evaluator, state)
+  policy = learnt(experiment, evaluator, state)
   if jax.process_index() == 0:
     for path, value in (
       (folder / 'timing.json', timing),
@@ -380,16 +380,30 @@ def _rows(
   ]
 
 
-def _policy(experiment, evaluator, state) -> dict[str, Any]:
-  """What the sampler says at each budget: its probabilities, exactly."""
+def learnt(
+  experiment: experiment_lib.Experiment,
+  evaluator: evaluate.Evaluator,
+  state: state_lib.TrainState,
+) -> dict[str, Any]:
+  """What the sampler says at each budget, as JSON values.
+
+  `probability` of each choice is exact and given the budget; the choices of a
+  layer sum to the probability that the layer is alive. `trained` counts how
+  often the supernet's training has made each choice.
+  """
   space, budgets = experiment.space, experiment.search_budgets
   table = experiment.budgets.table
+
+  def lists(weights):
+    return {k: np.asarray(v).tolist() for k, v in weights._asdict().items()}
+
   return {
     'checkpoint_step': int(state.step),
     'choices': {
       name: list(getattr(space, name))
       for name in space_lib.Architecture._fields
     },
+    'trained': lists(state.trained),
     'budgets': [
       {
         'budget': budget,
@@ -397,10 +411,7 @@ def _policy(experiment, evaluator, state) -> dict[str, Any]:
         'mass_within_1%': float(proposal.mass_near),
         'decoded': space.to_json(proposal.arch),
         'decoded_cost': table.of(proposal.arch),
-        'probability': {
-          name: np.asarray(p).tolist()
-          for name, p in proposal.decisions._asdict().items()
-        },
+        'probability': lists(proposal.decisions),
       }
       for budget, proposal in zip(
         budgets, evaluator.propose(state.policy, budgets), strict=True

@@ -220,12 +220,8 @@ def test_a_table_of_other_weights_is_not_used(
     score(state)
 
 
-@pytest.fixture(scope='module')
-def learnt(experiment, evaluator, state):
-  return search._policy(experiment, evaluator, state)
-
-
-def test_probabilities_of_what_was_learnt_add_up(experiment, learnt):
+def test_probabilities_of_what_was_learnt_add_up(experiment, evaluator, state):
+  learnt = search.learnt(experiment, evaluator, state)
   depths = np.array(experiment.space.depth)
   assert len(learnt['budgets']) == len(experiment.search_budgets)
   for row in learnt['budgets']:
