@@ -91,8 +91,7 @@ def pareto_plot(results: dict[str, Any]) -> figure_lib.Figure:
       for row in rows
       if row['method'] == method
     )
-    evaluations = counts['evaluations']
-    label = f'{method}, {evaluations or "no":,} subnets scored'
+    label = f'{method}, {counts["evaluations"]:,} subnets scored'
     axes.plot(*zip(*points, strict=True), label=label, **STYLES[method])
   for row in rows:
     if row['method'] in ('smallest', 'largest'):
@@ -122,7 +121,8 @@ def read_metrics(directory: epath.Path) -> Curves:
   curves = collections.defaultdict(dict)
   for path in sorted(directory.glob('events.out.tfevents.*')):
     try:
-      for event in tf.compat.v1.train.summary_iterator(str(path)):
+      for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+        event = tf.compat.v1.Event.FromString(record)
         for value in event.summary.value:
           scalar = tf.make_ndarray(value.tensor)
           if scalar.ndim == 0:
@@ -169,7 +169,8 @@ def curve_plots(curves: Curves) -> dict[str, figure_lib.Figure]:
     axes.grid(alpha=0.3)
     if name == 'cost':
       axes.set_yscale('log')
-      axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+      axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+      axes.yaxis.set_minor_locator(ticker.NullLocator())
       axes.yaxis.set_major_formatter(_short)
     if len(lines) > 1:
       axes.legend(title='budget', fontsize='x-small', ncols=2)
@@ -252,7 +253,7 @@ img {{ max-width: 100%; height: auto; display: block; margin: 0 auto; }}
 table {{ border-collapse: collapse; font-size: 0.85rem; }}
 th, td {{ padding: 0.2rem 0.7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; }}
-th:first-child, td:first-child, td.text {{ text-align: left; }}
+th:first-child, td:first-child, .text {{ text-align: left; }}
 </style>
 <h1>{title}</h1>
 {body}
@@ -261,13 +262,18 @@ th:first-child, td:first-child, td.text {{ text-align: left; }}
 
 
 def _html_table(rows: list[list[str]]) -> str:
-  """The first row has the headings."""
+  """The first row has the headings; numbers to the right."""
+  head, *rows = rows
+  texts = ('subnet', 'value')
+  kinds = [' class="text"' if title in texts else '' for title in head]
 
   def line(tag, cells):
-    cells = ''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in cells)
+    cells = ''.join(
+      f'<{tag}{kind}>{html.escape(cell)}</{tag}>'
+      for kind, cell in zip(kinds, cells, strict=True)
+    )
     return f'<tr>{cells}</tr>'
 
-  head, *rows = rows
   lines = [line('th', head), *(line('td', row) for row in rows)]
   return '<div class="scroll"><table>' + '\n'.join(lines) + '</table></div>'
 
@@ -376,13 +382,13 @@ def _page(found: dict[str, Any], plots: dict[str, bytes]) -> str:
       '<p>Probabilities are exact, and given the budget. A layer with less '
       'than all of it in its row is dead in some subnets.</p>',
       _html_table(_decoded(found['policy'])),
-      pick('depth_and_width', 'num_heads', 'mlp_ratio', 'entropy', 'cost'),
+      pick('depth_and_width', 'num_heads', 'mlp_ratio'),
     )
   if found['metrics']:
-    part('Training', pick('loss', 'heldout', 'reward'))
+    part('Training', pick('loss', 'heldout', 'reward', 'entropy', 'cost'))
   if 'environment' in found:
     rows = _flat(found['environment'])
-    part('Environment', _html_table([['', ''], *rows]))
+    part('Environment', _html_table([['what', 'value'], *rows]))
   if 'config' in found:
     rows = _flat(found['config'] | {'search': results['search']})
     part('Configuration', _html_table([['key', 'value'], *rows]))
