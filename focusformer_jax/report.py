@@ -254,6 +254,12 @@ table {{ border-collapse: collapse; font-size: 0.85rem; }}
 th, td {{ padding: 0.2rem 0.7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; }}
 th:first-child, td:first-child, .text {{ text-align: left; }}
+@media (max-width: 30rem) {{
+  h1 {{ font-size: 1.5rem; }}
+  h2 {{ font-size: 1.2rem; }}
+  table {{ font-size: 0.75rem; }}
+  th, td {{ padding: 0.2rem 0.3rem; }}
+}}
 </style>
 <h1>{title}</h1>
 {body}
