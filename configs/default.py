@@ -165,10 +165,29 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.max_skipped = 10
 
   c.search = ml_collections.ConfigDict()
+  # Which of 'sampler', 'evolution', 'nsga2' and 'random' propose; the first
+  # one's largest network is extracted.
+  c.search.method = ('sampler', 'random')
   # Costs to stay within; empty for six that span the reachable range.
   c.search.budgets = ()
-  # Draws per budget for the random rival.
+  # sampler: its own draws per budget that are scored beside what it decodes.
+  c.search.draws = 0
+  # random: draws per budget.
   c.search.random = 16
+  # evolution and nsga2: subnets of a generation. All numbers are AutoFormer's.
+  c.search.population = 50
+  # Generations, the first one random; evolution has as many for each budget.
+  c.search.generations = 20
+  # evolution: best subnets so far that the next generation comes from.
+  c.search.parents = 10
+  # Share of a generation that are mutants of them.
+  c.search.mutants = 0.5
+  # Share that are children of two of them; the rest are draws.
+  c.search.children = 0.5
+  # Probability that a mutant's depth is drawn anew, and that its width is.
+  c.search.redraw_net = 0.4
+  # The same for each other choice of each layer.
+  c.search.redraw_layer = 0.2
   # Subnets that one compiled call scores.
   c.search.subnets_per_call = 8
 
@@ -192,6 +211,9 @@ def shorten(c: ml_collections.ConfigDict) -> None:
   # Half as long to compile.
   c.supernet.execution = 'masked'
   c.search.random = 4
+  c.search.population = 4
+  c.search.generations = 2
+  c.search.parents = 2
 
 
 def shrink(c: ml_collections.ConfigDict) -> None:

@@ -76,26 +76,32 @@ class CostTable:
     """The highest cost that a subnet of the space has."""
     return self._extreme(np.max, self.depth[-1])
 
+  def _sum(self, xp, entries, arch: space_lib.Architecture):
+    """The cost with arrays of the module `xp`."""
+    stem, attention, mlp = entries
+    e = xp.asarray(arch.embed_dim)
+    layers = xp.arange(arch.num_heads.shape[-1])
+    live = layers < xp.asarray(self.depth)[arch.depth][..., None]
+    layer = attention[e[..., None], arch.num_heads]
+    layer += mlp[e[..., None], arch.mlp_ratio]
+    return stem[e] + xp.sum(xp.where(live, layer, 0), axis=-1)
+
   def units(self, arch: space_lib.Architecture) -> Int[Array, '*A']:
     """The cost of `arch` in multiples of `unit`, int32; `arch` may be traced.
 
     XLA has no 64-bit integers by default; in units the count is exact. A
     leading axis of `arch` is a batch.
     """
-    stem, attention, mlp = (
-      jnp.asarray(t // self.unit, jnp.int32) for t in self._entries
-    )
-    e = jnp.asarray(arch.embed_dim)
-    layers = jnp.arange(arch.num_heads.shape[-1])
-    live = layers < jnp.asarray(self.depth)[arch.depth][..., None]
-    layer = attention[e[..., None], arch.num_heads]
-    layer += mlp[e[..., None], arch.mlp_ratio]
-    return stem[e] + jnp.sum(jnp.where(live, layer, 0), axis=-1)
+    entries = [jnp.asarray(t // self.unit, jnp.int32) for t in self._entries]
+    return self._sum(jnp, entries, arch)
+
+  def of_all(self, archs: space_lib.Architecture) -> Int[np.ndarray, 'A']:
+    """The exact cost of each of a concrete batch, int64, on the host."""
+    return self._sum(np, self._entries, jax.tree.map(np.asarray, archs))
 
   def of(self, arch: space_lib.Architecture) -> int:
-    """The exact cost of one concrete architecture, also while others trace."""
-    with jax.ensure_compile_time_eval():
-      return int(self.units(arch)) * self.unit
+    """The exact cost of one concrete architecture."""
+    return int(self.of_all(arch))
 
   def within(self, budget: float) -> int:
     """The largest whole number of units that does not exceed `budget`."""

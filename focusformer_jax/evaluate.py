@@ -3,7 +3,8 @@
 Letters: `A` architectures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import datetime
 import functools
 import time
 from typing import NamedTuple
@@ -17,11 +18,15 @@ from focusformer_jax import experiment as experiment_lib
 from focusformer_jax import policy as policy_lib
 from focusformer_jax import sharding
 from focusformer_jax import space as space_lib
+from focusformer_jax import state as state_lib
 from focusformer_jax import steps
 from focusformer_jax import supernet as supernet_lib
 
 # Between two lines that say how far it is.
 PROGRESS_SECONDS = 10
+
+# Architectures that one call of the compiled program draws.
+DRAWS_PER_CALL = 64
 
 
 class Score(NamedTuple):
@@ -31,11 +36,16 @@ class Score(NamedTuple):
   accuracy: float
 
 
-class Evaluator:
-  """Looks at a trained state with two compiled programs.
+def duration(seconds: float) -> str:
+  """Such as 0:02:10, for logs."""
+  return str(datetime.timedelta(seconds=round(seconds)))
 
-  One scores any number of subnets on any split, the other asks the sampler;
-  whoever shares an evaluator shares the compilations.
+
+class Evaluator:
+  """Looks at a trained state with three compiled programs.
+
+  One scores any number of subnets on any split, one asks the sampler, one
+  draws within a budget; whoever shares an evaluator shares the compilations.
   """
 
   def __init__(self, experiment: experiment_lib.Experiment):
@@ -43,6 +53,27 @@ class Evaluator:
     self._chunk = experiment.settings.search.subnets_per_call
     self._step = jax.jit(functools.partial(steps.eval_step, experiment))
     self._propose = jax.jit(functools.partial(steps.propose_step, experiment))
+    self._draw = jax.jit(
+      functools.partial(steps.draw_step, experiment, DRAWS_PER_CALL)
+    )
+
+  def compile(self, state: state_lib.TrainState, source: data.Source) -> float:
+    """Runs each program once, so that what follows can be timed; seconds."""
+    start, space = time.monotonic(), self._experiment.space
+    budget = self._experiment.budgets.table.maximum
+    self.propose(state.policy, [budget])
+    self.draw(np.random.default_rng(0), budget, 1)
+    archs = space_lib.stack([space.smallest()] * self._chunk)
+    batch = next(self._batches(source))
+    jax.block_until_ready(self._step(state.scored, archs, batch))
+    return time.monotonic() - start
+
+  def _batches(self, source: data.Source) -> Iterator[dict[str, jax.Array]]:
+    """Every example once, over the mesh."""
+    size = self._experiment.settings.data.eval_batch_size
+    process = jax.process_index(), jax.process_count()
+    for batch in data.eval_batches(source, size, *process):
+      yield sharding.put_batch(self._experiment.mesh, batch)
 
   def propose(
     self, policy: policy_lib.Policy, budgets: Sequence[int]
@@ -58,6 +89,30 @@ class Evaluator:
       [self._propose(policy, np.int32(table.within(b))) for b in budgets]
     )
 
+  def draw(
+    self,
+    rng: np.random.Generator,
+    budget: float,
+    count: int,
+    weights: policy_lib.LogWeights | None = None,
+  ) -> list[space_lib.Architecture]:
+    """Independent draws within a budget, on the host.
+
+    Args:
+      rng: gives the keys.
+      budget: a cost, not below the smallest subnet's.
+      count: of draws.
+      weights: a policy's output; None draws evenly over architectures.
+    """
+    if weights is None:
+      weights = policy_lib.architecture_weights(self._experiment.space)
+    bound = np.int32(self._experiment.budgets.table.within(budget))
+    archs = []
+    while len(archs) < count:
+      key = jax.random.key(int(rng.integers(2**31)))
+      archs += space_lib.unstack(self._draw(key, weights, bound))
+    return archs[:count]
+
   def score(
     self,
     supernet: supernet_lib.Supernet,
@@ -69,28 +124,29 @@ class Evaluator:
     Each batch is read, decoded and sent to the devices once, however many
     architectures there are.
     """
-    settings, chunk = self._experiment.settings, self._chunk
+    chunk = self._chunk
     padded = list(archs) + [archs[-1]] * (-len(archs) % chunk)
     chunks = [
       space_lib.stack(padded[start : start + chunk])
       for start in range(0, len(padded), chunk)
     ]
-    size = settings.data.eval_batch_size
-    process = jax.process_index(), jax.process_count()
-    totals, count, shown = np.zeros((2, len(padded))), 0.0, time.monotonic()
-    for i, batch in enumerate(data.eval_batches(source, size, *process)):
-      batch = sharding.put_batch(self._experiment.mesh, batch)
+    size = self._experiment.settings.data.eval_batch_size
+    totals, count = np.zeros((2, len(padded))), 0.0
+    start = shown = time.monotonic()
+    for i, batch in enumerate(self._batches(source)):
       sums = jax.device_get([self._step(supernet, c, batch) for c in chunks])
       totals[0] += np.concatenate([s.loss for s in sums])
       totals[1] += np.concatenate([s.correct for s in sums])
       count += float(sums[0].count)
       if time.monotonic() - shown > PROGRESS_SECONDS:
         shown = time.monotonic()
+        done = min((i + 1) * size, len(source))
         logging.info(
-          'scoring %d subnets: %d of %d images',
+          'scoring %d subnets: %d of %d images, %s left',
           len(archs),
-          min((i + 1) * size, len(source)),
+          done,
           len(source),
+          duration((shown - start) * (len(source) / done - 1)),
         )
     losses, accuracies = totals[:, : len(archs)] / count
     return [

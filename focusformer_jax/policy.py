@@ -422,17 +422,28 @@ def log_prob(
   return log_weights - log_partition(weights, budgets, budget)
 
 
-def entropy(
+def decisions(
   weights: LogWeights, budgets: Budgets, budget: Int[Array, '']
-) -> Float[Array, '']:
-  """Entropy in nats of the policy given the budget, exactly.
+) -> tuple[LogWeights, Float[Array, '']]:
+  """What the policy does given the budget, exactly, and how sure it is.
 
   For p(a) = exp(sum of the weights w_i that a uses) / Z the gradient of log Z
   is the probability of each decision, hence H = log Z - <w, grad log Z>.
+
+  Returns:
+    The probability of every choice, and the entropy in nats. The choices of a
+    layer sum to the probability that the layer is alive.
   """
-  log_z, decisions = jax.value_and_grad(log_partition)(weights, budgets, budget)
-  used = jax.tree.map(lambda w, p: jnp.sum(w * p), weights, decisions)
-  return log_z - sum(used)
+  log_z, chosen = jax.value_and_grad(log_partition)(weights, budgets, budget)
+  used = jax.tree.map(lambda w, p: jnp.sum(w * p), weights, chosen)
+  return chosen, log_z - sum(used)
+
+
+def entropy(
+  weights: LogWeights, budgets: Budgets, budget: Int[Array, '']
+) -> Float[Array, '']:
+  """Entropy in nats of the policy given the budget, exactly."""
+  return decisions(weights, budgets, budget)[1]
 
 
 def mass_near(

@@ -1,37 +1,69 @@
-"""A table and a Pareto plot of what a search found, from what is on disk."""
+"""Tables, plots and one HTML page about a run, from what is on disk."""
 
+import base64
+import collections
+import html
 import io
 import json
+import re
 from typing import Any
 
 from etils import epath
 import matplotlib
+import tensorflow as tf
 
 matplotlib.use('agg')
+from matplotlib import figure as figure_lib
 from matplotlib import pyplot as plt
+from matplotlib import ticker
+import numpy as np
+
+# Points (step, value) by the name of a metric.
+Curves = dict[str, list[tuple[int, float]]]
 
 COLUMNS = (
   ('method', '{}'),
   ('budget', '{:,.0f}'),
   ('macs', '{:,}'),
   ('params', '{:,}'),
+  ('latency', '{:,}'),
   ('heldout_accuracy', '{:.2%}'),
   ('test_accuracy', '{:.2%}'),
 )
 HEADINGS = {
   'macs': 'MACs',
+  'latency': 'µs',
   'heldout_accuracy': 'held-out',
   'test_accuracy': 'test',
 }
+STYLES = {
+  'sampler': dict(marker='o', color='tab:blue', zorder=4),
+  'evolution': dict(marker='^', color='tab:green', linestyle='-.'),
+  'nsga2': dict(marker='D', color='tab:purple', linestyle=':'),
+  'random': dict(marker='s', color='tab:orange', linestyle='--'),
+}
+COSTS = {
+  'macs': 'MACs of one image',
+  'params': 'parameters',
+  'latency': 'microseconds of one batch, as predicted',
+}
 
 
-def table(results: dict[str, Any]) -> str:
-  """The results as aligned text, the sampler's proposals first."""
-  rows = [[HEADINGS.get(name, name) for name, _ in COLUMNS]]
-  rows += [
-    [form.format(row[name]) for name, form in COLUMNS]
-    for row in results['budgets'] + results['rivals']
+def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+  return results['budgets'] + results['rivals']
+
+
+def _cells(results: dict[str, Any]) -> list[list[str]]:
+  """The table of budgets: its headings, then its rows."""
+  rows = _rows(results)
+  columns = [(name, form) for name, form in COLUMNS if name in rows[0]]
+  return [[HEADINGS.get(name, name) for name, _ in columns]] + [
+    [form.format(row[name]) for name, form in columns] for row in rows
   ]
+
+
+def align(rows: list[list[str]]) -> str:
+  """Cells in columns, a line under the headings; numbers to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
     '  '.join(
@@ -43,37 +75,32 @@ def table(results: dict[str, Any]) -> str:
   return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:]])
 
 
-STYLES = {
-  'sampler': dict(marker='o', color='tab:blue', zorder=3),
-  'random': dict(marker='s', color='tab:orange', linestyle='--'),
-}
+def table(results: dict[str, Any]) -> str:
+  """The results as aligned text."""
+  return align(_cells(results))
 
 
-def pareto_plot(results: dict[str, Any]) -> bytes:
-  """Test accuracy over cost, one line a method, as PNG."""
-  rows = results['budgets'] + results['rivals']
+def pareto_plot(results: dict[str, Any]) -> figure_lib.Figure:
+  """Test accuracy over cost, a line a method."""
+  rows = _rows(results)
   cost = rows[0]['cost']
   figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
-  for method, style in STYLES.items():
+  for method, counts in results['methods'].items():
     points = sorted(
       (row[cost], 100 * row['test_accuracy'])
       for row in rows
       if row['method'] == method
     )
-    label = {
-      'sampler': 'sampler, no evaluation',
-      'random': 'best random one within the budget',
-    }[method]
-    axes.plot(*zip(*points, strict=True), label=label, **style)
+    label = f'{method}, {counts["evaluations"]:,} subnets scored'
+    axes.plot(*zip(*points, strict=True), label=label, **STYLES[method])
   for row in rows:
     if row['method'] in ('smallest', 'largest'):
-      axes.scatter(
-        row[cost], 100 * row['test_accuracy'], color='0.4', marker='x', zorder=4
-      )
+      point = row[cost], 100 * row['test_accuracy']
+      axes.scatter(*point, color='0.4', marker='x', zorder=5)
       left = row['method'] == 'largest'
       axes.annotate(
         row['method'],
-        (row[cost], 100 * row['test_accuracy']),
+        point,
         xytext=(-6 if left else 6, -12),
         textcoords='offset points',
         ha='right' if left else 'left',
@@ -81,21 +108,324 @@ def pareto_plot(results: dict[str, Any]) -> bytes:
       )
   axes.set_xscale('log')
   axes.margins(x=0.08, y=0.12)
-  axes.set_xlabel({'macs': 'MACs of one image'}.get(cost, cost))
+  axes.set_xlabel(COSTS.get(cost, cost))
   axes.set_ylabel('test accuracy, %')
   axes.set_title(f'{results["data"]}: one supernet, every budget')
   axes.grid(alpha=0.3, which='both')
   axes.legend(loc='lower right')
-  png = io.BytesIO()
-  figure.savefig(png, dpi=150)
+  return figure
+
+
+def read_metrics(directory: epath.Path) -> Curves:
+  """Scalars that training logged; where a run resumed, the later ones."""
+  curves = collections.defaultdict(dict)
+  for path in sorted(directory.glob('events.out.tfevents.*')):
+    try:
+      for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+        event = tf.compat.v1.Event.FromString(record)
+        for value in event.summary.value:
+          scalar = tf.make_ndarray(value.tensor)
+          if scalar.ndim == 0:
+            curves[value.tag][event.step] = float(scalar)
+    except tf.errors.DataLossError:
+      pass  # Whoever was killed while writing left half a record.
+  return {name: sorted(curves[name].items()) for name in sorted(curves)}
+
+
+_short = ticker.EngFormatter(places=1, sep='')
+
+
+def curve_plots(curves: Curves) -> dict[str, figure_lib.Figure]:
+  """What training logged, a plot for each kind of metric that is there."""
+  budgets = sorted(
+    {int(m[1]) for name in curves if (m := re.match(r'budget_(\d+)/', name))}
+  )
+
+  def per_budget(metric):
+    lines = {_short(b): curves.get(f'budget_{b}/{metric}') for b in budgets}
+    return {label: points for label, points in lines.items() if points}
+
+  def one(name):
+    return {'': curves[name]} if name in curves else {}
+
+  wanted = {
+    'loss': ('training loss', one('train/loss')),
+    'heldout': ('held-out accuracy', per_budget('heldout_accuracy')),
+    'reward': ("the sampler's reward", one('sampler/reward')),
+    'entropy': ("the sampler's entropy, nats", per_budget('entropy')),
+    'cost': ('cost of what it decodes', per_budget('cost')),
+  }
+  plots = {}
+  for name, (title, lines) in wanted.items():
+    if not lines:
+      continue
+    figure, axes = plt.subplots(figsize=(5, 3.4), layout='constrained')
+    colors = plt.get_cmap('viridis')(np.linspace(0, 0.9, len(lines)))
+    for (label, points), color in zip(lines.items(), colors, strict=True):
+      marker = 'o' if len(points) < 30 else None
+      axes.plot(*zip(*points), label=label, color=color, marker=marker, ms=3)
+    axes.set_title(title)
+    axes.set_xlabel('step')
+    axes.grid(alpha=0.3)
+    if name == 'cost':
+      axes.set_yscale('log')
+      axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+      axes.yaxis.set_minor_locator(ticker.NullLocator())
+      axes.yaxis.set_major_formatter(_short)
+    if len(lines) > 1:
+      axes.legend(title='budget', fontsize='x-small', ncols=2)
+    plots[name] = figure
+  return plots
+
+
+def policy_plots(policy: dict[str, Any]) -> dict[str, figure_lib.Figure]:
+  """The probability of each choice, given each budget, as heat maps.
+
+  Depth and width are choice by budget, and beside that the share of each in
+  training. Heads and MLP ratio are layer by choice, a map a budget, where a
+  row sums to the probability that the layer is alive.
+  """
+  budgets = policy['budgets']
+  labels = [_short(b['budget']) for b in budgets]
+  shades = dict(cmap='Blues', vmin=0, vmax=1, aspect='auto')
+  plots = {}
+
+  figure, both = plt.subplots(2, figsize=(5, 4), sharex=True)
+  for axes, name in zip(both, ('depth', 'embed_dim'), strict=True):
+    choices = policy['choices'][name]
+    trained = np.array(policy['trained'][name])
+    columns = [b['probability'][name] for b in budgets]
+    columns.append(trained / max(1, trained.sum()))
+    image = axes.imshow(np.transpose(columns), **shades)
+    axes.axvline(len(budgets) - 0.5, color='0.5')
+    axes.set_yticks(range(len(choices)), choices)
+    axes.set_ylabel({'embed_dim': 'width'}.get(name, name))
+    axes.set_xticks(range(len(columns)), [*labels, 'trained'])
+  both[-1].set_xlabel('budget')
+  figure.set_layout_engine('constrained')
+  figure.colorbar(image, ax=both, label='probability')
+  plots['depth_and_width'] = figure
+
+  for name, title in (('num_heads', 'heads'), ('mlp_ratio', 'MLP ratio')):
+    choices = [f'{c:g}' for c in policy['choices'][name]]
+    layers = len(budgets[0]['probability'][name])
+    figure, row = plt.subplots(
+      1,
+      len(budgets),
+      figsize=(max(5, 0.9 * len(budgets)), 1.4 + 0.22 * layers),
+      sharey=True,
+      squeeze=False,
+      layout='constrained',
+    )
+    for axes, budget, label in zip(row[0], budgets, labels, strict=True):
+      image = axes.imshow(budget['probability'][name], **shades)
+      axes.set_title(label, fontsize='small')
+      axes.set_xticks(range(len(choices)), choices, fontsize='x-small')
+    every = max(1, layers // 8)
+    ticks = range(0, layers, every)
+    row[0, 0].set_yticks(ticks, [t + 1 for t in ticks])
+    row[0, 0].set_ylabel('layer')
+    figure.supxlabel(f'{title}, by budget')
+    plots[name] = figure
+  return plots
+
+
+def _png(figure: figure_lib.Figure) -> bytes:
+  target = io.BytesIO()
+  figure.savefig(target, format='png', dpi=150)
   plt.close(figure)
-  return png.getvalue()
+  return target.getvalue()
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ margin: 0 auto; padding: 1rem; max-width: 70rem; color: #222;
+  font: 16px/1.5 system-ui, sans-serif; }}
+h2 {{ margin-top: 2.5rem; border-bottom: 1px solid #ddd; }}
+.scroll {{ overflow-x: auto; }}
+.plots {{ display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }}
+img {{ max-width: 100%; height: auto; display: block; margin: 0 auto; }}
+table {{ border-collapse: collapse; font-size: 0.85rem; }}
+th, td {{ padding: 0.2rem 0.7rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; }}
+th:first-child, td:first-child, .text {{ text-align: left; }}
+@media (max-width: 30rem) {{
+  h1 {{ font-size: 1.5rem; }}
+  h2 {{ font-size: 1.2rem; }}
+  table {{ font-size: 0.75rem; }}
+  th, td {{ padding: 0.2rem 0.3rem; }}
+}}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+def _html_table(rows: list[list[str]]) -> str:
+  """The first row has the headings; numbers to the right."""
+  head, *rows = rows
+  texts = ('subnet', 'value')
+  kinds = [' class="text"' if title in texts else '' for title in head]
+
+  def line(tag, cells):
+    cells = ''.join(
+      f'<{tag}{kind}>{html.escape(cell)}</{tag}>'
+      for kind, cell in zip(kinds, cells, strict=True)
+    )
+    return f'<tr>{cells}</tr>'
+
+  lines = [line('th', head), *(line('td', row) for row in rows)]
+  return '<div class="scroll"><table>' + '\n'.join(lines) + '</table></div>'
+
+
+def _html_plots(plots: dict[str, bytes]) -> str:
+  images = [
+    f'<img alt="{name}" src="data:image/png;base64,'
+    f'{base64.b64encode(png).decode()}">'
+    for name, png in plots.items()
+  ]
+  return '<div class="plots">' + '\n'.join(images) + '</div>'
+
+
+def _describe(architecture: dict[str, Any]) -> str:
+  heads = ' '.join(str(h) for h in architecture['num_heads'])
+  ratios = ' '.join(f'{r:g}' for r in architecture['mlp_ratio'])
+  return (
+    f'depth {architecture["depth"]}, width {architecture["embed_dim"]}, '
+    f'heads {heads}, ratio {ratios}'
+  )
+
+
+def _methods(results, timing) -> list[list[str]]:
+  rows = [['method', 'subnets scored', 'new', 'seconds', 'a budget']]
+  return rows + [
+    [
+      method,
+      f'{counts["evaluations"]:,}',
+      f'{counts["new"]:,}',
+      f'{timing[f"{method}_seconds"]:.3g}',
+      f'{timing[f"{method}_seconds_per_budget"]:.3g}',
+    ]
+    for method, counts in results['methods'].items()
+  ]
+
+
+def _decoded(policy) -> list[list[str]]:
+  rows = [['budget', 'decoded', 'of it', 'entropy', 'within 1%', 'subnet']]
+  return rows + [
+    [
+      f'{row["budget"]:,}',
+      f'{row["decoded_cost"]:,}',
+      f'{row["decoded_cost"] / row["budget"]:.0%}',
+      f'{row["entropy"]:.2f}',
+      f'{row["mass_within_1%"]:.1%}',
+      _describe(row['decoded']),
+    ]
+    for row in policy['budgets']
+  ]
+
+
+def _flat(values: dict[str, Any], prefix: str = '') -> list[list[str]]:
+  """Keys with dots, and values."""
+  rows = []
+  for key, value in values.items():
+    if isinstance(value, dict):
+      rows += _flat(value, f'{prefix}{key}.')
+    else:
+      rows.append([f'{prefix}{key}', json.dumps(value)])
+  return rows
+
+
+FILES = {
+  'results': 'results.json',
+  'timing': 'search/timing.json',
+  'policy': 'search/policy.json',
+  'config': 'config.json',
+  'environment': 'environment.json',
+}
+
+
+def _page(found: dict[str, Any], plots: dict[str, bytes]) -> str:
+  """The HTML page; what is not on disk is left out."""
+  results, parts = found['results'], []
+
+  def part(title, *pieces):
+    parts.extend([f'<h2>{title}</h2>', *pieces])
+
+  def pick(*names):
+    return _html_plots({name: plots[name] for name in names if name in plots})
+
+  headings, *cells = _cells(results)
+  subnets = [_describe(row['architecture']) for row in _rows(results)]
+  part(
+    'Accuracy within a budget',
+    '<p>Every point is a subnet of one supernet, with the weights it inherits. '
+    'Methods choose by held-out images; test images choose nothing.</p>',
+    pick('pareto'),
+    _html_table(
+      [
+        [*headings, 'subnet'],
+        *([*row, subnet] for row, subnet in zip(cells, subnets, strict=True)),
+      ]
+    ),
+  )
+  if 'timing' in found:
+    part(
+      'What the answers took',
+      '<p>Subnets that a method had scored, those among them that no method '
+      'before it had, and seconds once everything is compiled.</p>',
+      _html_table(_methods(results, found['timing'])),
+    )
+  if 'policy' in found:
+    part(
+      'What the sampler learnt',
+      '<p>Probabilities are exact, and given the budget. A layer with less '
+      'than all of it in its row is dead in some subnets.</p>',
+      _html_table(_decoded(found['policy'])),
+      pick('depth_and_width', 'num_heads', 'mlp_ratio'),
+    )
+  if found['metrics']:
+    part('Training', pick('loss', 'heldout', 'reward', 'entropy', 'cost'))
+  if 'environment' in found:
+    rows = _flat(found['environment'])
+    part('Environment', _html_table([['what', 'value'], *rows]))
+  if 'config' in found:
+    rows = _flat(found['config'] | {'search': results['search']})
+    part('Configuration', _html_table([['key', 'value'], *rows]))
+  title = html.escape(f'{results["data"]}, step {results["checkpoint_step"]}')
+  return PAGE.format(title=title, body='\n'.join(parts))
 
 
 def report(workdir: epath.Path) -> str:
-  """Draws `pareto.png`, writes `table.txt` and returns the table."""
-  results = json.loads((workdir / 'results.json').read_text())
-  text = table(results)
+  """Writes tables, plots and the page, and returns the table.
+
+  They are `table.txt`, `pareto.png`, `report.html`, which needs no other file,
+  and its parts: the other plots as `report/*.png`, all numbers as
+  `report/report.json`.
+  """
+  found = {
+    name: json.loads((workdir / path).read_text())
+    for name, path in FILES.items()
+    if (workdir / path).exists()
+  } | {'metrics': read_metrics(workdir / 'metrics')}
+  figures = {'pareto': pareto_plot(found['results'])}
+  figures |= curve_plots(found['metrics'])
+  if 'policy' in found:
+    figures |= policy_plots(found['policy'])
+  plots = {name: _png(figure) for name, figure in figures.items()}
+  text = table(found['results'])
+  folder = workdir / 'report'
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, png in plots.items():
+    (folder / f'{name}.png').write_bytes(png)
+  (folder / 'report.json').write_text(json.dumps(found, indent=2) + '\n')
+  (workdir / 'pareto.png').write_bytes(plots['pareto'])
   (workdir / 'table.txt').write_text(text + '\n')
-  (workdir / 'pareto.png').write_bytes(pareto_plot(results))
+  (workdir / 'report.html').write_text(_page(found, plots))
   return text

@@ -1,5 +1,6 @@
 """The whole job: train, search, extract, report, each from what is on disk."""
 
+import dataclasses
 import json
 
 from absl import logging
@@ -25,8 +26,9 @@ def run(
 
   Args:
     settings: of the run; nothing is written before they are checked.
-    workdir: gets `checkpoints/`, `metrics/`, `results.json`, `search/`,
-      `subnet/`, `table.txt` and `pareto.png`.
+    workdir: gets `config.json`, `environment.json`, `checkpoints/`,
+      `metrics/`, `search/`, `results.json`, `subnet/`, and from the report
+      `report.html`, `report/`, `table.txt` and `pareto.png`.
     mode: one of MODES.
 
   Raises:
@@ -45,7 +47,9 @@ def run(
 
   state = _restore(experiment, workdir)
   results = workdir / 'results.json'
-  if mode == 'search' or (mode == 'run' and not _is_of(results, state)):
+  if mode == 'search' or (
+    mode == 'run' and not _is_of(results, state, settings.search)
+  ):
     search.search(experiment, evaluator, state, workdir)
   if mode in ('run', 'extract'):
     _extract(experiment, state, workdir)
@@ -63,15 +67,20 @@ def _restore(experiment, workdir):
     return checkpoints.restore(experiment.abstract_state)
 
 
-def _is_of(results: epath.Path, state) -> bool:
-  """Whether results were written for this state."""
+def _is_of(results: epath.Path, state, options: settings_lib.Search) -> bool:
+  """Whether results are there of this state and these search settings."""
   if not results.exists():
     return False
-  return json.loads(results.read_text())['checkpoint_step'] == int(state.step)
+  found = json.loads(results.read_text())
+  wanted = json.loads(json.dumps(dataclasses.asdict(options)))
+  return (found['checkpoint_step'], found.get('search')) == (
+    int(state.step),
+    wanted,
+  )
 
 
 def _extract(experiment, state, workdir):
-  """Cuts the sampler's choice at the largest budget out of the supernet."""
+  """Cuts the first method's answer to the largest budget out."""
   rows = json.loads((workdir / 'results.json').read_text())['budgets']
   row = max(rows, key=lambda row: row['budget'])
   arch = experiment.space.from_json(row['architecture'])
@@ -92,4 +101,4 @@ def _report(workdir: epath.Path):
     )
   if jax.process_index() == 0:
     print(report.report(workdir))
-    print(f'\nplot: {workdir / "pareto.png"}')
+    print(f'\nreport: {workdir / "report.html"}')

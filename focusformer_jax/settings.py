@@ -116,9 +116,29 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
+  method: tuple[str, ...] = _one_of('sampler', 'evolution', 'nsga2', 'random')
   budgets: tuple[float, ...]
+  draws: int = _number(at_least=0)
   random: int = _number(at_least=1)
+  population: int = _number(at_least=2)
+  generations: int = _number(at_least=1)
+  parents: int = _number(at_least=1)
+  mutants: float = _number(at_least=0, at_most=1)
+  children: float = _number(at_least=0, at_most=1)
+  redraw_net: float = _number(at_least=0, at_most=1)
+  redraw_layer: float = _number(at_least=0, at_most=1)
   subnets_per_call: int = _number(at_least=1)
+
+  def __post_init__(self):
+    if not self.method or len(set(self.method)) < len(self.method):
+      raise ValueError(
+        f'method: wanted one or more different ones, found {self.method}'
+      )
+    if self.mutants + self.children > 1:
+      raise ValueError(
+        f'children: wanted at most {1 - self.mutants:g}, what mutants leave, '
+        f'found {self.children}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,10 +228,12 @@ def _check(key: str, wanted: Any, metadata, value: Any) -> Any:
       return None
     wanted = typing.get_args(wanted)[0]
   if typing.get_origin(wanted) is tuple:
+    item = typing.get_args(wanted)[0]
+    if item is str and isinstance(value, str):
+      value = (value,)
     if not isinstance(value, (tuple, list)):
       raise errors.UserError(f'{key}: wanted a tuple, found {value!r}')
-    item = typing.get_args(wanted)[0]
-    return tuple(_check(key, item, {}, v) for v in value)
+    return tuple(_check(key, item, metadata, v) for v in value)
   if wanted is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   if not isinstance(value, wanted) or (

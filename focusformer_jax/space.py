@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 import numpy as np
 
 
@@ -151,13 +151,19 @@ class SearchSpace:
     ends = np.stack(np.meshgrid(*[[0, -1]] * 4, indexing='ij'), -1)
     return [self._corner(*map(int, end)) for end in ends.reshape(-1, 4)]
 
-  def canonical(self, arch: Architecture) -> Architecture:
-    """The same subnet with zeros at its dead layers; `arch` may be traced."""
-    depth = jnp.asarray(self.depth)[arch.depth]
-    live = jnp.arange(self.num_layers) < depth[..., None]
+  def _live(self, depth: Int[Array, '*A'], xp) -> Bool[Array, '*A L']:
+    """Which layers run at a depth choice."""
+    return xp.arange(self.num_layers) < xp.asarray(self.depth)[depth][..., None]
+
+  def canonical(self, arch: Architecture, xp=jnp) -> Architecture:
+    """The same subnet with zeros at its dead layers; `arch` may be traced.
+
+    `xp` is the module that computes it: `numpy` stays on the host.
+    """
+    live = self._live(arch.depth, xp)
     return arch._replace(
-      num_heads=jnp.where(live, arch.num_heads, 0),
-      mlp_ratio=jnp.where(live, arch.mlp_ratio, 0),
+      num_heads=xp.where(live, arch.num_heads, 0),
+      mlp_ratio=xp.where(live, arch.mlp_ratio, 0),
     )
 
   def uniform(self, key: jax.Array) -> Architecture:
@@ -174,6 +180,69 @@ class SearchSpace:
       )
     ]
     return self.canonical(Architecture(*draws))
+
+  def mutate(
+    self,
+    rng: np.random.Generator,
+    archs: Architecture,
+    net: float,
+    layer: float,
+  ) -> Architecture:
+    """Redraws some choices of a batch uniformly, on the host.
+
+    Args:
+      rng: of the draws.
+      archs: a batch.
+      net: probability that the depth is redrawn, and that the width is.
+      layer: the same for each other choice of a live layer. Layers that a
+        greater depth brings to life are always drawn.
+    """
+    per_layer = np.where(self._live(archs.depth, np), layer, 1.0)
+
+    def redraw(name: str, probability) -> np.ndarray:
+      kept = getattr(archs, name)
+      drawn = rng.integers(len(getattr(self, name)), size=kept.shape)
+      again = rng.random(kept.shape) < probability
+      return np.where(again, drawn, kept).astype(np.int32)
+
+    return self.canonical(
+      Architecture(
+        redraw('depth', net),
+        redraw('embed_dim', net),
+        redraw('num_heads', per_layer),
+        redraw('mlp_ratio', per_layer),
+      ),
+      np,
+    )
+
+  def crossover(
+    self, rng: np.random.Generator, ones: Architecture, others: Architecture
+  ) -> Architecture:
+    """Takes each choice from one of two parents, evenly, on the host.
+
+    What only one of them has, the choices of its last layers, is that one's.
+
+    Args:
+      rng: of the draws.
+      ones: a batch.
+      others: as many.
+    """
+    alive, others_alive = (self._live(a.depth, np) for a in (ones, others))
+
+    def mix(name: str, one_has, other_has) -> np.ndarray:
+      one, other = getattr(ones, name), getattr(others, name)
+      coin = rng.random(one.shape) < 0.5
+      return np.where(one_has & (coin | ~other_has), one, other)
+
+    return self.canonical(
+      Architecture(
+        mix('depth', np.True_, np.True_),
+        mix('embed_dim', np.True_, np.True_),
+        mix('num_heads', alive, others_alive),
+        mix('mlp_ratio', alive, others_alive),
+      ),
+      np,
+    )
 
   def to_json(self, arch: Architecture) -> dict[str, Any]:
     """The chosen values, lists as long as the subnet is deep."""

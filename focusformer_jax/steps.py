@@ -236,9 +236,15 @@ def eval_step(
 
 
 class Proposal(NamedTuple):
-  """What the sampler says at one budget."""
+  """What the sampler says at one budget.
+
+  `weights` is its output, `decisions` the probability of each choice given the
+  budget; `mass_near` that of costs within 1% of it.
+  """
 
   arch: space_lib.Architecture
+  weights: policy_lib.LogWeights
+  decisions: policy_lib.LogWeights
   entropy: Float[Array, '']
   mass_near: Float[Array, '']
 
@@ -255,8 +261,30 @@ def propose_step(
   """
   budgets = experiment.budgets
   weights = policy(budgets.normalise(budget))
+  decisions, entropy = policy_lib.decisions(weights, budgets, budget)
   return Proposal(
-    policy_lib.decode(weights, budgets, budget),
-    policy_lib.entropy(weights, budgets, budget),
-    policy_lib.mass_near(weights, budgets, budget),
+    arch=policy_lib.decode(weights, budgets, budget),
+    weights=weights,
+    decisions=decisions,
+    entropy=entropy,
+    mass_near=policy_lib.mass_near(weights, budgets, budget),
   )
+
+
+def draw_step(
+  experiment: experiment_lib.Experiment,
+  count: int,
+  key: jax.Array,
+  weights: policy_lib.LogWeights,
+  budget: Int[Array, ''],
+) -> space_lib.Architecture:
+  """Draws a batch of `count` architectures within a budget.
+
+  Args:
+    experiment: gives the cost.
+    count: static.
+    key: of the draws.
+    weights: a policy's output, or `policy.architecture_weights`.
+    budget: in units of the cost table; at least its minimum.
+  """
+  return policy_lib.sample(key, weights, experiment.budgets, budget, count)

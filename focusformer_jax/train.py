@@ -1,6 +1,11 @@
 """Training of supernet and sampler: the loop, in paragraphs."""
 
+import collections
+import dataclasses
 import functools
+from importlib import metadata
+import json
+import platform
 import signal
 import threading
 import time
@@ -24,6 +29,18 @@ from focusformer_jax import state as state_lib
 from focusformer_jax import steps
 
 CHECKPOINTS = 'checkpoints'
+
+# Those whose versions a run notes down.
+LIBRARIES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'numpy',
+  'tensorflow-datasets',
+)
 
 # Steps that the host may be ahead of the devices: enough to keep them busy,
 # few enough that progress says what is done and not what is asked for.
@@ -97,6 +114,7 @@ def train(
     else:
       state = checkpoints.restore(experiment.abstract_state, iterators)
       logging.info('resuming %s at step %d', workdir, int(state.step))
+    _describe_run(experiment, workdir)
     return _loop(
       experiment, evaluator, checkpoints, iterators, heldout, state, workdir
     )
@@ -157,6 +175,27 @@ def _loop(
       if preempted.is_set() and step < total:
         raise Preempted(f'stopped by SIGTERM at step {step}; saved')
   return state
+
+
+def _describe_run(experiment, workdir):
+  """Writes what is run, and on what, for the report."""
+  if jax.process_index() != 0:
+    return
+  devices = collections.Counter(d.device_kind for d in jax.devices())
+  environment = {
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'devices': dict(devices),
+    'processes': jax.process_count(),
+    'versions': {name: metadata.version(name) for name in LIBRARIES},
+  }
+  workdir.mkdir(parents=True, exist_ok=True)
+  for name, value in (
+    ('config', dataclasses.asdict(experiment.settings)),
+    ('environment', environment),
+  ):
+    text = json.dumps(value, indent=2) + '\n'
+    (workdir / f'{name}.json').write_text(text)
 
 
 def _log_overview(experiment, state):

@@ -16,8 +16,12 @@ from flax import nnx
 import jax
 import pytest
 
+from configs import digits
 from focusformer_jax import cost
+from focusformer_jax import evaluate
+from focusformer_jax import experiment as experiment_lib
 from focusformer_jax import policy
+from focusformer_jax import settings as settings_lib
 from focusformer_jax import space as space_lib
 from focusformer_jax import supernet as supernet_lib
 
@@ -68,3 +72,31 @@ def images():
 @pytest.fixture(scope='session')
 def budgets() -> policy.Budgets:
   return policy.Budgets(cost.macs(TINY, GEOMETRY), max_bins=4000)
+
+
+@pytest.fixture(scope='session')
+def tfds_dir(tmp_path_factory) -> str:
+  return str(tmp_path_factory.mktemp('tfds'))
+
+
+def smoke_settings(tfds_dir, **changes) -> settings_lib.Settings:
+  """The digits job in a few steps; `changes` are keys with `__` for dots."""
+  config = digits.get_config('smoke')
+  changes = {'data__dir': tfds_dir, 'data__batch_size': 32} | changes
+  with config.unlocked():
+    for key, value in changes.items():
+      section, name = key.split('__')
+      config[section][name] = value
+  return settings_lib.parse(config)
+
+
+@pytest.fixture(scope='session')
+def experiment(tfds_dir) -> experiment_lib.Experiment:
+  return experiment_lib.create(
+    smoke_settings(tfds_dir), devices=jax.devices()[:1]
+  )
+
+
+@pytest.fixture(scope='session')
+def evaluator(experiment) -> evaluate.Evaluator:
+  return evaluate.Evaluator(experiment)

@@ -31,6 +31,7 @@ ORDER = (
   'checkpoint',
   'evaluate',
   'train',
+  'scores',
   'search',
   'subnet',
   'convert',

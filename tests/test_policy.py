@@ -85,6 +85,25 @@ def test_entropy_is_exact(budget, weights, log_prob, budgets):
   assert found == pytest.approx(-(np.exp(log_p) * log_p).sum(), abs=1e-4)
 
 
+def test_probabilities_of_choices_are_exact(weights, log_prob, budgets):
+  budget = WITHIN[-2]
+  probs = np.where(COSTS <= budget, np.exp(log_prob(weights, budget)), 0)
+  found, _ = jax.jit(lambda w, b: policy.decisions(w, budgets, b))(
+    weights, budget
+  )
+  for choice in range(2):
+    assert found.depth[choice] == pytest.approx(
+      probs[ALL.depth == choice].sum(), abs=1e-5
+    )
+    # Dead layers make no choice.
+    for layer in range(2):
+      alive = np.array(TINY.depth)[ALL.depth] > layer
+      chosen = ALL.mlp_ratio[:, layer] == choice
+      assert found.mlp_ratio[layer, choice] == pytest.approx(
+        probs[alive & chosen].sum(), abs=1e-5
+      )
+
+
 def test_weights_of_one_count_architectures(budgets):
   count = jax.jit(
     lambda b: policy.log_partition(

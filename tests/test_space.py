@@ -85,3 +85,54 @@ def test_architectures_outside_the_space_are_refused(change, message):
   values = TINY.to_json(TINY.largest()) | change
   with pytest.raises(ValueError, match=message):
     TINY.from_json(values)
+
+
+def draws(space, count, **fixed) -> space_lib.Architecture:
+  """Uniform draws on the host, some of whose choices are set."""
+  archs = jax.vmap(space.uniform)(jax.random.split(jax.random.key(0), count))
+  archs = jax.tree.map(np.array, archs)
+  for name, index in fixed.items():
+    getattr(archs, name)[:] = index
+  return space.canonical(archs, np)
+
+
+def test_mutation_redraws_as_often_as_it_should():
+  space, rng = space_lib.PIXELS8, np.random.default_rng(0)
+  before = draws(space, 4000, depth=2)
+  assert same(space.mutate(rng, before, net=0.0, layer=0.0), before)
+  after = space.mutate(rng, before, net=0.0, layer=0.2)
+  assert same(after[:2], before[:2])
+  # A redraw among four finds the same choice again in a quarter of cases.
+  changed = np.mean(after.num_heads != before.num_heads)
+  assert changed == pytest.approx(0.2 * 3 / 4, abs=0.01)
+  after = space.mutate(rng, before, net=0.4, layer=0.0)
+  assert np.mean(after.depth != 2) == pytest.approx(0.4 * 2 / 3, abs=0.03)
+  assert np.mean(after.embed_dim != before.embed_dim) == pytest.approx(
+    0.4 * 2 / 3, abs=0.03
+  )
+
+
+def test_mutation_draws_the_layers_it_brings_to_life():
+  space, rng = space_lib.PIXELS8, np.random.default_rng(0)
+  before = draws(space, 1000, depth=0)
+  after = space.mutate(rng, before, net=1.0, layer=0.0)
+  assert same(space.canonical(after, np), after)
+  deepest = after.depth == 2
+  assert np.array_equal(after.num_heads[:, 0], before.num_heads[:, 0])
+  counts = np.bincount(after.num_heads[deepest, 2], minlength=4)
+  assert counts.min() > 0.15 * deepest.sum()
+
+
+def test_children_have_their_parents_choices():
+  space, rng = space_lib.PIXELS8, np.random.default_rng(0)
+  ones, others = draws(space, 1000, depth=1), draws(space, 1000, depth=2)
+  others = jax.tree.map(lambda leaf: leaf[::-1], others)
+  children = space.crossover(rng, ones, others)
+  assert same(space.canonical(children, np), children)
+  for child, one, other in zip(children, ones, others, strict=True):
+    assert ((child == one) | (child == other) | (child == 0)).all()
+  assert np.mean(children.depth == 1) == pytest.approx(0.5, abs=0.05)
+  # The third layer is the deeper parent's, where the child has one.
+  deep = children.depth == 2
+  assert np.array_equal(children.num_heads[deep, 2], others.num_heads[deep, 2])
+  assert same(space.crossover(rng, ones, ones), ones)

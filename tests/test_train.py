@@ -11,7 +11,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from configs import cifar100
-from configs import digits
 from focusformer_jax import data
 from focusformer_jax import errors
 from focusformer_jax import evaluate
@@ -23,34 +22,7 @@ from focusformer_jax import sharding
 from focusformer_jax import steps
 from focusformer_jax import supernet as supernet_lib
 from focusformer_jax import train
-
-
-@pytest.fixture(scope='session')
-def tfds_dir(tmp_path_factory) -> str:
-  return str(tmp_path_factory.mktemp('tfds'))
-
-
-def smoke_settings(tfds_dir, **changes) -> settings_lib.Settings:
-  """The digits job in a few steps; `changes` are keys with `__` for dots."""
-  config = digits.get_config('smoke')
-  changes = {'data__dir': tfds_dir, 'data__batch_size': 32} | changes
-  with config.unlocked():
-    for key, value in changes.items():
-      section, name = key.split('__')
-      config[section][name] = value
-  return settings_lib.parse(config)
-
-
-@pytest.fixture(scope='session')
-def experiment(tfds_dir):
-  return experiment_lib.create(
-    smoke_settings(tfds_dir), devices=jax.devices()[:1]
-  )
-
-
-@pytest.fixture(scope='session')
-def evaluator(experiment):
-  return evaluate.Evaluator(experiment)
+from tests.conftest import smoke_settings
 
 
 def assert_equal(one, other):
@@ -309,9 +281,10 @@ def compiled():
 def test_digits_end_to_end(tfds_dir, tmp_path, capsys, on_one_device, compiled):
   settings = smoke_settings(tfds_dir)
   run.run(settings, tmp_path)
-  ours = ('_init', 'supernet_step', 'sampler_step', 'propose_step', 'eval_step')
-  assert {name: compiled[f'jit({name})'] for name in (*ours, 'draw')} == (
-    dict.fromkeys((*ours, 'draw'), 1)
+  steps_of_ours = ('supernet', 'sampler', 'propose', 'eval', 'draw')
+  ours = ('_init', *(f'{name}_step' for name in steps_of_ours))
+  assert {name: compiled[f'jit({name})'] for name in ours} == (
+    dict.fromkeys(ours, 1)
   ), compiled
   results = json.loads((tmp_path / 'results.json').read_text())
   assert len(results['budgets']) >= 5

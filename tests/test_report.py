@@ -1,0 +1,95 @@
+"""The page: what is on disk, all of it, in one file."""
+
+import base64
+import html.parser
+import json
+
+from clu import metric_writers
+from etils import epath
+import pytest
+
+from focusformer_jax import report
+from focusformer_jax import search
+from focusformer_jax import train
+
+
+@pytest.fixture(scope='module')
+def workdir(experiment, evaluator, tmp_path_factory) -> epath.Path:
+  """A run of a few steps, searched and reported."""
+  workdir = epath.Path(tmp_path_factory.mktemp('run'))
+  state = train.train(experiment, evaluator, workdir)
+  search.search(experiment, evaluator, state, workdir)
+  report.report(workdir)
+  return workdir
+
+
+class Page(html.parser.HTMLParser):
+  """Text, and where a page would fetch things from."""
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.text, self.sources = [], []
+    self.feed(text)
+
+  def handle_data(self, data):
+    self.text.append(data)
+
+  def handle_starttag(self, tag, attrs):
+    self.sources += [v for k, v in attrs if k in ('src', 'href')]
+
+
+@pytest.fixture(scope='module')
+def page(workdir):
+  return Page((workdir / 'report.html').read_text())
+
+
+def test_the_page_holds_its_pictures(workdir, page):
+  pictures = [
+    base64.b64decode(source.removeprefix('data:image/png;base64,'))
+    for source in page.sources
+  ]
+  on_disk = {p.name: p.read_bytes() for p in (workdir / 'report').glob('*.png')}
+  assert sorted(pictures) == sorted(on_disk.values())
+  assert {'pareto.png', 'loss.png', 'heldout.png', 'num_heads.png'} <= {
+    *on_disk
+  }
+  assert (workdir / 'pareto.png').read_bytes() == on_disk['pareto.png']
+
+
+def test_the_page_says_what_is_on_disk(workdir, page, experiment):
+  found = json.loads((workdir / 'report/report.json').read_text())
+  for row in found['results']['budgets'] + found['results']['rivals']:
+    assert f'{row["macs"]:,}' in page.text
+    assert f'{row["test_accuracy"]:.2%}' in page.text
+  for text in ('random', 'optimizer.learning_rate', 'versions.jax'):
+    assert text in page.text
+  assert found['config']['seed'] == experiment.settings.seed
+  assert found['environment']['devices'] != {}
+  # Logged at each even step; the warm-up ends at the third.
+  assert [step for step, _ in found['metrics']['train/loss']] == [2, 4, 6, 8]
+  assert found['policy']['checkpoint_step'] == 8
+
+
+def test_what_is_missing_is_left_out(workdir, tmp_path):
+  results = (workdir / 'results.json').read_text()
+  (tmp_path / 'results.json').write_text(results)
+  text = report.report(epath.Path(tmp_path))
+  assert text == (workdir / 'table.txt').read_text().strip('\n')
+  text = Page((tmp_path / 'report.html').read_text()).text
+  assert 'Accuracy within a budget' in text
+  assert 'Training' not in text
+
+
+def test_metrics_of_a_resumed_run_are_one_curve(tmp_path):
+  def write(values):
+    writer = metric_writers.SummaryWriter(str(tmp_path))
+    for step, value in values.items():
+      writer.write_scalars(step, {'train/loss': value})
+    writer.close()
+    return {*tmp_path.glob('events*')}
+
+  (killed,) = write({1: 4.0, 2: 3.0, 3: 9.0})
+  killed.write_bytes(killed.read_bytes()[:-3])
+  write({3: 2.0, 4: 1.0})
+  curves = report.read_metrics(epath.Path(tmp_path))
+  assert curves == {'train/loss': [(1, 4), (2, 3), (3, 2), (4, 1)]}
