@@ -15,11 +15,13 @@ COLUMNS = (
   ('budget', '{:,.0f}'),
   ('macs', '{:,}'),
   ('params', '{:,}'),
+  ('latency', '{:,}'),
   ('heldout_accuracy', '{:.2%}'),
   ('test_accuracy', '{:.2%}'),
 )
 HEADINGS = {
   'macs': 'MACs',
+  'latency': 'µs',
   'heldout_accuracy': 'held-out',
   'test_accuracy': 'test',
 }
@@ -27,11 +29,18 @@ HEADINGS = {
 
 def table(results: dict[str, Any]) -> str:
   """The results as aligned text, the sampler's proposals first."""
-  rows = [[HEADINGS.get(name, name) for name, _ in COLUMNS]]
-  rows += [
-    [form.format(row[name]) for name, form in COLUMNS]
-    for row in results['budgets'] + results['rivals']
-  ]
+  found = results['budgets'] + results['rivals']
+  columns = [c for c in COLUMNS if found[0].get(c[0]) is not None]
+  headings = HEADINGS
+  if found[0]['cost'] == 'latency':
+    headings = headings | {'budget': 'budget µs'}
+  rows = [[headings.get(name, name) for name, _ in columns]]
+  rows += [[form.format(row[name]) for name, form in columns] for row in found]
+  return align(rows)
+
+
+def align(rows: list[list[str]]) -> str:
+  """Cells in columns, a line under the headings; numbers to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
     '  '.join(
@@ -81,7 +90,12 @@ def pareto_plot(results: dict[str, Any]) -> bytes:
       )
   axes.set_xscale('log')
   axes.margins(x=0.08, y=0.12)
-  axes.set_xlabel({'macs': 'MACs of one image'}.get(cost, cost))
+  axes.set_xlabel(
+    {
+      'macs': 'MACs of one image',
+      'latency': 'microseconds of one batch, as predicted',
+    }.get(cost, cost)
+  )
   axes.set_ylabel('test accuracy, %')
   axes.set_title(f'{results["data"]}: one supernet, every budget')
   axes.grid(alpha=0.3, which='both')

@@ -9,24 +9,27 @@ import jax
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import profile
 from focusformer_jax import report
+from focusformer_jax import retrain
 from focusformer_jax import search
 from focusformer_jax import settings as settings_lib
 from focusformer_jax import subnet
 from focusformer_jax import train
 
-MODES = ('run', 'train', 'search', 'extract', 'report')
+MODES = ('run', 'train', 'search', 'extract', 'report', 'profile', 'retrain')
 
 
 def run(
   settings: settings_lib.Settings, workdir: epath.Path, mode: str = 'run'
 ) -> None:
-  """Runs one stage, or with 'run' all those whose output is not there yet.
+  """Runs one stage, or with 'run' those whose output is not there yet.
 
   Args:
     settings: of the run; nothing is written before they are checked.
     workdir: gets `checkpoints/`, `metrics/`, `results.json`, `search/`,
-      `subnet/`, `table.txt` and `pareto.png`.
+      `subnet/`, `table.txt` and `pareto.png`, and from the modes that are
+      asked for alone `profile/` and `retrain/`.
     mode: one of MODES.
 
   Raises:
@@ -34,6 +37,12 @@ def run(
   """
   if mode == 'report':
     _report(workdir)
+    return
+  if mode == 'profile':
+    profile.profile(settings, workdir)
+    return
+  if mode == 'retrain':
+    retrain.retrain(settings, workdir)
     return
   experiment = experiment_lib.create(settings)
   evaluator = evaluate.Evaluator(experiment)
@@ -78,7 +87,6 @@ def _extract(experiment, state, workdir):
   subnet.save(
     subnet.extract(state.scored, arch),
     row['architecture'],
-    experiment.geometry,
     workdir / 'subnet',
   )
   logging.info('extracted %s', experiment.space.describe(arch))

@@ -26,6 +26,7 @@ class Found:
   cost: str
   macs: int
   params: int
+  latency: int | None
   heldout_accuracy: float
   heldout_loss: float
   test_accuracy: float
@@ -76,6 +77,7 @@ def search(
   )
 
   table = experiment.budgets.table
+  measured = experiment.tables.get('latency')
   space = experiment.space
   candidates = (
     [('sampler', b, a, 0) for b, a in zip(budgets, proposals, strict=True)]
@@ -101,6 +103,7 @@ def search(
       cost=table.name,
       macs=experiment.tables['macs'].of(arch),
       params=experiment.tables['params'].of(arch),
+      latency=measured and measured.of(arch),
       heldout_accuracy=heldout.accuracy,
       heldout_loss=heldout.loss,
       test_accuracy=test.accuracy,

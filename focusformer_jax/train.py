@@ -1,15 +1,18 @@
 """Training of supernet and sampler: the loop, in paragraphs."""
 
+from collections.abc import Callable, Mapping
 import functools
 import signal
 import threading
 import time
+from typing import TypeVar
 
 from absl import logging
 from clu import metric_writers
 from clu import parameter_overview
 from clu import periodic_actions
 from etils import epath
+import grain
 import jax
 import numpy as np
 
@@ -19,9 +22,12 @@ from focusformer_jax import data
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import settings as settings_lib
 from focusformer_jax import sharding
 from focusformer_jax import state as state_lib
 from focusformer_jax import steps
+
+State = TypeVar('State')
 
 CHECKPOINTS = 'checkpoints'
 
@@ -97,32 +103,66 @@ def train(
     else:
       state = checkpoints.restore(experiment.abstract_state, iterators)
       logging.info('resuming %s at step %d', workdir, int(state.step))
-    return _loop(
-      experiment, evaluator, checkpoints, iterators, heldout, state, workdir
+    # Two programs own the state; the evaluator's only look at it.
+    total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
+    supernet_step = compile_step(
+      experiment, steps.supernet_step, state, settings.data.batch_size
+    )
+    if warmup < total:
+      sampler_step = compile_step(
+        experiment, steps.sampler_step, state, settings.sampler.batch_size
+      )
+
+    def next_batch(name):
+      return sharding.put_batch(experiment.mesh, next(iterators[name]))
+
+    def update(step, state):
+      state, metrics = supernet_step(state, next_batch('train'))
+      if step > warmup and step % settings.sampler.every == 0:
+        state, sampled = sampler_step(state, next_batch('heldout'))
+        metrics |= sampled
+      return state, metrics
+
+    return loop(
+      settings.train,
+      state,
+      update,
+      lambda state: _look(experiment, evaluator, state, heldout),
+      checkpoints,
+      iterators,
+      workdir / 'metrics',
     )
 
 
-def _loop(
-  experiment, evaluator, checkpoints, iterators, heldout, state, workdir
-):
-  """Updates the state to the last step; see `train`."""
-  settings = experiment.settings
-  total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
+def loop(
+  settings: settings_lib.Train,
+  state: State,
+  update: Callable[[int, State], tuple[State, steps.Metrics]],
+  look: Callable[[State], dict[str, float]],
+  checkpoints: checkpoint.Checkpoints,
+  iterators: Mapping[str, grain.DatasetIterator],
+  metrics: epath.Path,
+  optimizer: str = 'config.optimizer',
+) -> State:
+  """Updates a state to the last step, with metrics and checkpoints on the way.
 
-  # Two programs own the state; the evaluator's only look at it.
-  supernet_step = _compile(
-    experiment, steps.supernet_step, settings.data.batch_size
-  )
-  if warmup < total:
-    sampler_step = _compile(
-      experiment, steps.sampler_step, settings.sampler.batch_size
-    )
+  Args:
+    settings: when to log, look, save and stop.
+    state: to start from; it counts its updates as `step`.
+    update: the next state and what to log, given its step and the state.
+    look: scores of a state, every `eval_every` steps and at the end.
+    checkpoints: where states are saved, with the positions of `iterators`.
+    iterators: what `update` reads.
+    metrics: gets what is logged.
+    optimizer: the config section to change where updates are not finite.
 
-  def next_batch(name):
-    return sharding.put_batch(experiment.mesh, next(iterators[name]))
-
+  Raises:
+    UserError: too many updates in a row were not finite.
+    Preempted: SIGTERM came; a checkpoint is written.
+  """
+  total = settings.steps
   writer = metric_writers.create_default_writer(
-    workdir / 'metrics', just_logging=jax.process_index() != 0
+    metrics, just_logging=jax.process_index() != 0
   )
   progress = periodic_actions.ReportProgress(
     num_train_steps=total, every_secs=10
@@ -130,25 +170,24 @@ def _loop(
   pending = []
   with _SigtermFlag() as preempted, metric_writers.ensure_flushes(writer):
     for step in range(int(state.step) + 1, total + 1):
-      state, metrics = supernet_step(state, next_batch('train'))
-      if step > warmup and step % settings.sampler.every == 0:
-        state, sampled = sampler_step(state, next_batch('heldout'))
-        metrics |= sampled
-      pending.append(metrics)
+      state, logged = update(step, state)
+      pending.append(logged)
       if len(pending) > STEPS_AHEAD:
         jax.block_until_ready(pending[-1 - STEPS_AHEAD])
       progress(step)
 
       last = step == total or preempted.is_set()
-      if last or step % settings.train.log_every == 0:
+      if last or step % settings.log_every == 0:
         means = _means(pending)
-        _stop_if_broken(means, step, settings.train.max_skipped, checkpoints)
+        _stop_if_broken(
+          means, step, settings.max_skipped, checkpoints, optimizer
+        )
         writer.write_scalars(step, means)
         pending = []
-      if step == total or step % settings.train.eval_every == 0:
-        writer.write_scalars(step, _look(experiment, evaluator, state, heldout))
+      if step == total or step % settings.eval_every == 0:
+        writer.write_scalars(step, look(state))
       # A checkpoint is taken before the next batch is.
-      if last or step % settings.train.checkpoint_every == 0:
+      if last or step % settings.checkpoint_every == 0:
         checkpoints.save(step, state, iterators)
       if preempted.is_set() and step < total:
         raise Preempted(f'stopped by SIGTERM at step {step}; saved')
@@ -173,12 +212,19 @@ def _log_overview(experiment, state):
     )
 
 
-def _compile(experiment, step, batch_size: int):
-  """Compiles a step ahead of the loop, and says what it takes."""
+def compile_step(experiment, step, state, batch_size: int):
+  """Compiles a step ahead of the loop, and says what it takes.
+
+  Args:
+    experiment: what the step closes over.
+    step: a function of experiment, state and batch; it may reuse the state.
+    state: any with the shapes and shardings of the loop's.
+    batch_size: images of a step.
+  """
   start = time.monotonic()
   compiled = (
     jax.jit(functools.partial(step, experiment), donate_argnums=0)
-    .lower(experiment.abstract_state, experiment.abstract_batch(batch_size))
+    .lower(state, experiment.abstract_batch(batch_size))
     .compile()
   )
   memory = compiled.memory_analysis()
@@ -211,13 +257,13 @@ def _means(pending: list[steps.Metrics]) -> dict[str, float]:
   } | {'train/skipped_in_a_row': float(values[-1]['train/skipped_in_a_row'])}
 
 
-def _stop_if_broken(means, step, limit, checkpoints):
+def _stop_if_broken(means, step, limit, checkpoints, optimizer):
   skipped = int(means['train/skipped_in_a_row'])
   if skipped >= limit:
     raise errors.UserError(
       f'step {step}: the last {skipped} updates were not finite and were '
-      f'skipped; lower config.optimizer.learning_rate (the last checkpoint is '
-      f'at step {checkpoints.latest_step})'
+      f'skipped; lower {optimizer}.learning_rate (the last checkpoint is at '
+      f'step {checkpoints.latest_step})'
     )
 
 

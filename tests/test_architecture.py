@@ -34,6 +34,8 @@ ORDER = (
   'subnet',
   'convert',
   'report',
+  'profile',
+  'retrain',
   'run',
 )
 PACKAGE = ROOT / 'focusformer_jax'
