@@ -11,7 +11,7 @@ Letters: `E` embed choices, `H` head choices, `R` ratio choices, `T` networks
 timed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import itertools
 import json
@@ -69,24 +69,23 @@ def profile(settings: settings_lib.Settings, workdir: epath.Path) -> None:
   configured = settings.search.budgets
   experiment = experiment_lib.create(_with(settings, 'search', budgets=()))
   archs = _uniform_architectures(experiment)
-  print(_reachable(experiment, archs), '\n')
-  print(_feasible(experiment, archs, configured), '\n', flush=True)
+  print(f'{_reachable(experiment.tables, archs)}\n')
+  print(f'{_feasible(experiment, archs, configured)}\n', flush=True)
 
-  table = settings.sampler.latency or measure_table(experiment, workdir)
-  by_latency = dataclasses.replace(
-    experiment,
-    settings=_with(
-      experiment.settings, 'sampler', cost='latency', latency=str(table)
-    ),
+  path = epath.Path(
+    settings.sampler.latency or measure_table(experiment, workdir)
   )
+  budgets = ()
   if settings.sampler.cost == 'latency':
-    minimum = by_latency.budgets.table.minimum
-    met = tuple(b for b in configured if b >= minimum)
-    by_latency = dataclasses.replace(
-      by_latency, settings=_with(by_latency.settings, 'search', budgets=met)
-    )
-  print(_layers(by_latency), '\n', flush=True)
-  print(check(by_latency, epath.Path(table), workdir))
+    minimum = experiment.budgets.table.minimum
+    budgets = tuple(b for b in configured if b >= minimum)
+  settings = _with(settings, 'search', budgets=budgets)
+  settings = _with(settings, 'sampler', cost='latency', latency=str(path))
+  experiment = dataclasses.replace(experiment, settings=settings)
+  print(f'{_layers(experiment)}\n')
+  measured = {'latency': experiment.tables['latency']}
+  print(f'{_reachable(measured, archs)}\n', flush=True)
+  print(check(experiment, path, workdir))
 
 
 def _with(settings: settings_lib.Settings, section: str, **changes):
@@ -116,10 +115,10 @@ def _costs(table: cost.CostTable, archs) -> np.ndarray:
   return np.asarray(table.units(archs), np.int64) * table.unit
 
 
-def _reachable(experiment, archs) -> str:
-  """Lowest, median and highest of every cost."""
+def _reachable(tables: Mapping[str, cost.CostTable], archs) -> str:
+  """Lowest, median and highest of each cost."""
   rows = [['cost', 'minimum', 'median', 'maximum']]
-  for table in experiment.tables.values():
+  for table in tables.values():
     median = int(np.median(_costs(table, archs)))
     numbers = (table.minimum, median, table.maximum)
     rows.append([table.label, *(f'{n:,}' for n in numbers)])

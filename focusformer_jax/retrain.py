@@ -181,12 +181,13 @@ def transfer(
   """
   old, arrays = layers.named_params(network), {}
   before, after = network.geometry, new.geometry
+  resized = before.grid != after.grid
   distances = carried_distances(before.grid, before.max_relative_position)
   for name, param in layers.named_params(new).items():
     value = old[name].get_value()
-    if name == 'stem.position':
+    if resized and name == 'stem.position':
       value = resize_positions(value, before.grid, after.grid)
-    elif '.position_key.' in name or '.position_value.' in name:
+    elif resized and '.position_' in name:
       value = value[distances]
     elif name.startswith('head.') and value.shape != param.shape:
       value = param.get_value()
