@@ -5,10 +5,10 @@ and of what each choice adds to one layer. No part is timed alone, where a
 call's overhead would count for every layer and neighbours could not be fused.
 What is timed are whole networks whose layers are all alike, every choice at
 full depth and some at half of it, and the table is what explains their times
-best.
+best. Random networks, timed in the same rounds, tell how well it predicts.
 
 Letters: `E` embed choices, `H` head choices, `R` ratio choices, `T` networks
-timed.
+timed, `I` rounds of timing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,14 +52,16 @@ PROGRESS_SECONDS = 10
 def profile(settings: settings_lib.Settings, workdir: epath.Path) -> None:
   """Prints what can be reached, measures latency and checks its prediction.
 
-  Measures a table unless `config.sampler.latency` names one, and then times
-  random networks, and what a sampler trained in `workdir` decodes for budgets
-  in microseconds, against what the table says of them.
+  Times random networks, and those that a table is made of unless
+  `config.sampler.latency` names one. If a sampler is trained in `workdir`, what
+  it decodes for budgets in microseconds is then timed beside the same random
+  networks.
 
   Writes `profile/latency-*.json`, the table, and `profile/check.json`.
 
   Raises:
-    UserError: more than one process, or a table that does not fit the run.
+    UserError: more than one process, a table that does not fit the run, or
+      layers too fast for whole microseconds.
   """
   if jax.process_count() > 1:
     raise errors.UserError(
@@ -72,9 +74,18 @@ def profile(settings: settings_lib.Settings, workdir: epath.Path) -> None:
   print(f'{_reachable(experiment.tables, archs)}\n')
   print(f'{_feasible(experiment, archs, configured)}\n', flush=True)
 
-  path = epath.Path(
-    settings.sampler.latency or measure_table(experiment, workdir)
-  )
+  random, repeats = _random(experiment), settings.profile.repeats
+  programs = _compile(experiment, experiment.space, random)
+  if settings.sampler.latency:
+    path = epath.Path(settings.sampler.latency)
+    random_T = measure(programs, repeats)
+  else:
+    space, alike = design(experiment.space)
+    rows = _compile(experiment, space, alike)
+    times_T = measure(programs + rows, repeats)
+    random_T, alike_T = np.split(times_T, [len(random)])
+    path = _write_table(experiment, fit(space, alike, alike_T), workdir)
+
   budgets = ()
   if settings.sampler.cost == 'latency':
     minimum = experiment.budgets.table.minimum
@@ -83,9 +94,23 @@ def profile(settings: settings_lib.Settings, workdir: epath.Path) -> None:
   settings = _with(settings, 'sampler', cost='latency', latency=str(path))
   experiment = dataclasses.replace(experiment, settings=settings)
   print(f'{_layers(experiment)}\n')
-  measured = {'latency': experiment.tables['latency']}
-  print(f'{_reachable(measured, archs)}\n', flush=True)
-  print(check(experiment, path, workdir))
+  latency = {'latency': experiment.tables['latency']}
+  print(f'{_reachable(latency, archs)}\n', flush=True)
+
+  timed = _timed(experiment, [(None, arch) for arch in random], random_T)
+  if decoded := _decoded(experiment, workdir):
+    more = _compile(experiment, experiment.space, [a for _, a in decoded])
+    again_T, decoded_T = np.split(
+      measure(programs + more, repeats), [len(random)]
+    )
+    # Than when the table was measured.
+    slower = np.median(again_T / random_T)
+    timed += _timed(experiment, decoded, decoded_T / slower)
+    print(
+      f"The sampler's networks were timed later, when the random ones took "
+      f'{slower:.2f} times as long; they are divided by that.\n'
+    )
+  print(_check(experiment, timed, path, workdir))
 
 
 def _with(settings: settings_lib.Settings, section: str, **changes):
@@ -137,21 +162,9 @@ def _feasible(experiment, archs, configured: Sequence[float]) -> str:
   return report.align(rows)
 
 
-def measure_table(
-  experiment: experiment_lib.Experiment, workdir: epath.Path
-) -> epath.Path:
-  """Measures the device in hand and writes a table for `cost.latency`.
-
-  Raises:
-    UserError: a layer takes less than a microsecond.
-  """
-  settings = experiment.settings.profile
-  space, archs = design(experiment.space)
-  supernet = _new_supernet(experiment, space)
-  seconds = measure([subnet.extract(supernet, a) for a in archs], experiment)
-  entries = fit(space, archs, 1e6 * seconds)
-  device = jax.local_devices()[0]
-  name = _name(device)
+def _write_table(experiment, entries, workdir) -> epath.Path:
+  """Writes what `fit` returned for `cost.latency` to read."""
+  settings, name = experiment.settings.profile, _device()
   least = (entries['attention'].min(1) + entries['mlp'].min(1)).min()
   if least < 1:
     raise errors.UserError(
@@ -247,67 +260,86 @@ def fit(
   return {name: np.rint(t).astype(np.int64) for name, t in tables.items()}
 
 
-def _new_supernet(experiment, space) -> supernet_lib.Supernet:
-  """Random weights, on the host: their values take no time."""
-  settings, rng = experiment.settings.supernet, np.random.default_rng(0)
-  abstract = jax.eval_shape(
-    lambda: supernet_lib.Supernet(
-      space,
-      experiment.geometry,
-      pool=settings.pool,
-      dtype=settings.dtype,
-      rngs=nnx.Rngs(0),
+def _compile(
+  experiment: experiment_lib.Experiment,
+  space: space_lib.SearchSpace,
+  archs: Sequence[space_lib.Architecture],
+) -> list[Callable[[], jax.Array]]:
+  """Extracted networks as programs of one batch that wait for the logits.
+
+  Weights and images are random: their values take no time.
+  """
+  settings, geometry = experiment.settings, experiment.geometry
+  rng, device = np.random.default_rng(0), jax.local_devices()[0]
+
+  def new(leaf):
+    return rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype)
+
+  supernet = jax.tree.map(
+    new,
+    jax.eval_shape(
+      lambda: supernet_lib.Supernet(
+        space,
+        geometry,
+        pool=settings.supernet.pool,
+        dtype=settings.supernet.dtype,
+        rngs=nnx.Rngs(0),
+      )
+    ),
+  )
+  size = geometry.image_size
+  shape = (settings.profile.batch_size, size, size, geometry.channels)
+  images = jax.device_put(new(jax.ShapeDtypeStruct(shape, np.float32)), device)
+
+  def program(arch):
+    # As a list: the modules' tree would be taken apart again in every call.
+    leaves, treedef = jax.tree.flatten(subnet.extract(supernet, arch))
+    weights = jax.device_put(leaves, device)
+    compiled = (
+      jax.jit(lambda weights, images: treedef.unflatten(weights)(images))
+      .lower(weights, images)
+      .compile()
     )
-  )
-  return jax.tree.map(
-    lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), abstract
-  )
+    return lambda: compiled(weights, images).block_until_ready()
+
+  progress = _Progress()
+  programs = []
+  for arch in archs:
+    programs.append(program(arch))
+    progress('compiled %d of %d networks', len(programs), len(archs))
+  return programs
 
 
 def measure(
-  networks: Sequence[subnet.VisionTransformer],
-  experiment: experiment_lib.Experiment,
+  programs: Sequence[Callable[[], Any]], repeats: int
 ) -> Float[np.ndarray, 'T']:
-  """Median seconds that one batch takes, from the call to the logits.
+  """Typical microseconds of a call of each program.
 
-  Every network is a compiled program of its own on the first device. Rounds
-  time each of them once, in an order of its own, so that a machine that slows
-  down slows all of them; a call that is not timed goes before each.
+  Rounds time each of them once, in an order of their own; a call that is not
+  timed goes before each. A machine's speed changes from round to round, for all
+  of them alike, so times are compared within rounds (`typical`).
   """
-  settings, geometry = experiment.settings.profile, experiment.geometry
-  size = geometry.image_size
-  shape = (settings.batch_size, size, size, geometry.channels)
-  rng = np.random.default_rng(0)
-  images = jax.device_put(
-    rng.normal(size=shape).astype(np.float32), jax.local_devices()[0]
-  )
-  progress = _Progress()
-  calls = []
-  for network in networks:
-    calls.append(_compile(network, images))
-    progress('compiled %d of %d networks', len(calls), len(networks))
-  seconds = np.empty((settings.repeats, len(calls)))
-  for i in range(settings.repeats):
-    for t in rng.permutation(len(calls)):
-      calls[t]()
+  rng, progress = np.random.default_rng(0), _Progress()
+  seconds_IT = np.empty((repeats, len(programs)))
+  for i in range(repeats):
+    for t in rng.permutation(len(programs)):
+      programs[t]()
       start = time.perf_counter()
-      calls[t]()
-      seconds[i, t] = time.perf_counter() - start
-    progress('timed %d of %d rounds', i + 1, settings.repeats)
-  return np.median(seconds, axis=0)
+      programs[t]()
+      seconds_IT[i, t] = time.perf_counter() - start
+    progress('timed %d of %d rounds', i + 1, repeats)
+  return 1e6 * typical(seconds_IT)
 
 
-def _compile(network, images) -> Callable[[], jax.Array]:
-  """A call that waits for the logits."""
-  # As a list: the modules' tree would be taken apart again in every call.
-  leaves, treedef = jax.tree.flatten(network)
-  weights = jax.device_put(leaves, images.sharding)
-  program = (
-    jax.jit(lambda weights, images: treedef.unflatten(weights)(images))
-    .lower(weights, images)
-    .compile()
-  )
-  return lambda: program(weights, images).block_until_ready()
+def typical(
+  seconds_IT: Float[np.ndarray, 'I T'],
+) -> Float[np.ndarray, 'T']:
+  """Medians over rounds, each round's slowness taken out of its times first.
+
+  A round is as slow as the median of its times over their own medians.
+  """
+  slowness_I = np.median(seconds_IT / np.median(seconds_IT, axis=0), axis=1)
+  return np.median(seconds_IT / slowness_I[:, None], axis=0)
 
 
 class _Progress:
@@ -322,10 +354,15 @@ class _Progress:
       logging.info(*line)
 
 
-def _name(device: jax.Device) -> str:
-  if device.platform == 'cpu':
-    return f'{platform.machine()} CPU of {os.cpu_count()} cores'
-  return device.device_kind
+def _device() -> str:
+  """What programs run on, for people."""
+  device = jax.local_devices()[0]
+  if device.platform != 'cpu':
+    return device.device_kind
+  cores = os.cpu_count()
+  if hasattr(os, 'sched_getaffinity'):  # What this process may use of them.
+    cores = len(os.sched_getaffinity(0))
+  return f'{platform.machine()} CPU, cores: {cores}'
 
 
 def _layers(experiment) -> str:
@@ -357,50 +394,29 @@ class Timed:
     return self.predicted / self.measured - 1
 
 
-def check(
-  experiment: experiment_lib.Experiment,
-  path: epath.Path,
-  workdir: epath.Path,
-) -> str:
-  """Times networks against what the table says of them.
-
-  Random ones, each uniform among those within its budget, with budgets spread
-  over the range of latencies; and, where `workdir` holds a trained sampler,
-  what it decodes for the budgets to search.
-
-  Args:
-    experiment: whose cost is latency.
-    path: of the table in use, for the record.
-    workdir: gets `profile/check.json`.
-
-  Returns:
-    What to print.
-  """
-  table, space = experiment.budgets.table, experiment.space
-  chosen = [(None, arch) for arch in _random(experiment)]
-  chosen += _decoded(experiment, workdir)
-  supernet = _new_supernet(experiment, space)
-  seconds = measure(
-    [subnet.extract(supernet, arch) for _, arch in chosen], experiment
-  )
-  timed = [
+def _timed(experiment, chosen, times_T) -> list[Timed]:
+  """Predictions beside what budgets and architectures took."""
+  return [
     Timed(
       budget=budget,
       macs=experiment.tables['macs'].of(arch),
-      predicted=table.of(arch),
-      measured=round(1e6 * s),
-      architecture=space.to_json(arch),
+      predicted=experiment.tables['latency'].of(arch),
+      measured=round(time_),
+      architecture=experiment.space.to_json(arch),
     )
-    for (budget, arch), s in zip(chosen, seconds, strict=True)
+    for (budget, arch), time_ in zip(chosen, times_T, strict=True)
   ]
+
+
+def _check(experiment, timed, path, workdir) -> str:
+  """Writes how measured times compare with the table, and says it."""
   random = [t for t in timed if t.budget is None]
   error = np.median([abs(t.error) for t in random])
   rank = scipy.stats.spearmanr(
     [t.predicted for t in random], [t.measured for t in random]
   ).statistic
-  name, settings = _name(jax.local_devices()[0]), experiment.settings.profile
   results = {
-    'device': name,
+    'device': _device(),
     'table': str(path),
     'median_absolute_error': float(error),
     'rank_correlation': float(rank),
@@ -410,8 +426,8 @@ def check(
   return (
     f'{_compared(timed)}\n\n{len(random)} random networks: median absolute '
     f'error {error:.1%}, rank correlation {rank:.3f}\n'
-    f'Microseconds of {settings.batch_size} images in '
-    f'{experiment.settings.supernet.dtype} on {name}; table: {path}'
+    f'Microseconds of {experiment.settings.profile.batch_size} images in '
+    f'{experiment.settings.supernet.dtype} on {_device()}; table: {path}'
   )
 
 
@@ -448,17 +464,18 @@ def _compared(timed: Sequence[Timed]) -> str:
 
 
 def _random(experiment) -> list[space_lib.Architecture]:
-  """An architecture within each of as many budgets as are configured."""
-  budgets, count = experiment.budgets, experiment.settings.profile.networks
+  """As many as are configured, spread over the range of MACs."""
+  settings = experiment.settings
+  budgets = policy_lib.Budgets(experiment.tables['macs'], settings.sampler.bins)
 
   @jax.jit
   @jax.vmap
   def draw(key, budget):
     return policy_lib.uniform_within(key, experiment.space, budgets, budget, 1)
 
+  count = settings.profile.networks
   keys = jax.random.split(_key(experiment, 1), count)
-  spread = np.geomspace(*budgets.range, count).astype(np.int32)
-  archs = draw(keys, spread)
+  archs = draw(keys, np.geomspace(*budgets.range, count).astype(np.int32))
   return space_lib.unstack(jax.tree.map(lambda leaf: leaf[:, 0], archs))
 
 
@@ -467,10 +484,9 @@ def _decoded(experiment, workdir) -> list[tuple[int, space_lib.Architecture]]:
   if not (workdir / train.CHECKPOINTS).exists():
     return []
   with train.open_checkpoints(experiment, workdir) as checkpoints:
-    wanted = {'policy': experiment.abstract_state.policy}
-    policy = checkpoints.restore(wanted)['policy']
+    state = checkpoints.restore(experiment.abstract_state)
   budgets = experiment.search_budgets
-  proposals = evaluate.Evaluator(experiment).propose(policy, budgets)
+  proposals = evaluate.Evaluator(experiment).propose(state.policy, budgets)
   return [(b, p.arch) for b, p in zip(budgets, proposals, strict=True)]
 
 
