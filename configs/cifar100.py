@@ -61,6 +61,12 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
   c.sampler.learning_rate = 1e-3
   c.search.random = 100
 
+  c.retrain.steps = 100 * 88
+  c.retrain.eval_every = 5 * 88
+  c.retrain.checkpoint_every = 5 * 88
+  c.retrain.optimizer.warmup_steps = 5 * 88
+  c.retrain.optimizer.learning_rate = 2e-4
+
   if variant == 'smoke':
     default.shrink(c)
   elif variant != 'base':

@@ -8,6 +8,7 @@ import dataclasses
 import ml_collections
 
 from focusformer_jax import augment
+from focusformer_jax import settings
 from focusformer_jax import space
 
 
@@ -116,8 +117,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.curriculum.keep = 'best'
 
   c.sampler = ml_collections.ConfigDict()
-  # What budgets bound: 'macs' or 'params'.
+  # What budgets bound: 'macs', 'params', or 'latency' in microseconds.
   c.sampler.cost = 'macs'
+  # The file of measured latencies, from `--mode=profile`; None for none.
+  c.sampler.latency = ml_collections.config_dict.placeholder(str)
   # Resolution of exact budgets; more is finer and slower.
   c.sampler.bins = 512
   # Widths of the hidden layers.
@@ -191,6 +194,40 @@ def get_config() -> ml_collections.ConfigDict:
   # Subnets that one compiled call scores.
   c.search.subnets_per_call = 8
 
+  c.profile = ml_collections.ConfigDict()
+  # Images of the batch whose latency is measured, on one device.
+  c.profile.batch_size = 32
+  # Rounds, each of which times every network once; medians over them count.
+  c.profile.repeats = 50
+  # Random networks that predictions are checked against.
+  c.profile.networks = 20
+
+  c.retrain = ml_collections.ConfigDict()
+  # The directory of an extracted network; None for that of this workdir.
+  c.retrain.network = ml_collections.config_dict.placeholder(str)
+  # Whether to go on from its weights; otherwise from new ones.
+  c.retrain.inherit = True
+  # Updates.
+  c.retrain.steps = 600
+  # Steps between held-out scores.
+  c.retrain.eval_every = 200
+  # Steps between checkpoints.
+  c.retrain.checkpoint_every = 200
+  # As `config.optimizer`, for a network on its own.
+  c.retrain.optimizer = section(
+    settings.Optimizer(
+      learning_rate=1e-3,
+      reference_batch=0,
+      final_learning_rate=1e-5,
+      warmup_steps=20,
+      weight_decay=0.05,
+      clip_norm=1.0,
+      accumulate=1,
+      hold_untouched=False,
+      ema=0.0,
+    )
+  )
+
   c.mesh = ml_collections.ConfigDict()
   # Devices that replicate the parameters; -1 for all that are left.
   c.mesh.data = -1
@@ -214,6 +251,12 @@ def shorten(c: ml_collections.ConfigDict) -> None:
   c.search.population = 4
   c.search.generations = 2
   c.search.parents = 2
+  c.profile.repeats = 3
+  c.profile.networks = 4
+  c.retrain.steps = 4
+  c.retrain.eval_every = 4
+  c.retrain.checkpoint_every = 2
+  c.retrain.optimizer.warmup_steps = 1
 
 
 def shrink(c: ml_collections.ConfigDict) -> None:

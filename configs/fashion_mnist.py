@@ -45,6 +45,11 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
   c.sampler.batch_size = 128
   c.search.random = 8
 
+  c.retrain.steps = 6 * UPDATES_PER_EPOCH
+  c.retrain.eval_every = UPDATES_PER_EPOCH
+  c.retrain.checkpoint_every = UPDATES_PER_EPOCH
+  c.retrain.optimizer.warmup_steps = 200
+
   if variant == 'smoke':
     default.shrink(c)
   elif variant != 'base':

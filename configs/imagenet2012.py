@@ -79,6 +79,13 @@ def get_config(variant: str = 'tiny') -> ml_collections.ConfigDict:
   c.sampler.learning_rate = 1e-3
   c.search.random = 100
 
+  c.retrain.steps = 30 * UPDATES_PER_EPOCH
+  c.retrain.eval_every = UPDATES_PER_EPOCH
+  c.retrain.checkpoint_every = UPDATES_PER_EPOCH
+  c.retrain.optimizer.warmup_steps = UPDATES_PER_EPOCH
+  c.retrain.optimizer.learning_rate = 1e-4
+  c.retrain.optimizer.reference_batch = 512
+
   if variant == 'smoke':
     c.data.image_size = 32
     c.data.workers = 0

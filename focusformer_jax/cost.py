@@ -9,12 +9,16 @@ Letters: `E` embed choices, `H` head choices, `R` ratio choices, `L` layers.
 
 import dataclasses
 import functools
+import json
+from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 import numpy as np
 
+from focusformer_jax import errors
 from focusformer_jax import space as space_lib
 
 
@@ -24,7 +28,7 @@ class CostTable:
 
   Args:
     name: 'macs', 'params' or 'latency'.
-    label: what one is called in tables: 'MACs', 'parameters', 'ns'.
+    label: what they are called in tables: 'MACs', 'parameters', 'microseconds'.
     depth: the space's depth choices.
     stem_E: int64[E], all that is outside the layers.
     attention_EH: int64[E,H], the attention half of one layer.
@@ -154,4 +158,60 @@ def params(
     stem_E=stem_E + geometry.num_classes,
     attention_EH=4 * q_EH * embed_E1 + 3 * q_EH + 3 * embed_E1 + tables,
     mlp_ER=2 * embed_E1 * mlp_ER + mlp_ER + 3 * embed_E1,
+  )
+
+
+def latency(path: epath.Path, facts: dict[str, Any]) -> CostTable:
+  """A table that `profile.py` measured, on this machine or another.
+
+  It counts whole microseconds that one batch takes.
+
+  Args:
+    path: of the JSON file.
+    facts: what the table must say of itself, by name.
+
+  Raises:
+    UserError: there is no such file, or it is a table of something else.
+  """
+  wish = 'config.sampler.latency: wanted a table that --mode=profile measured'
+  try:
+    table = json.loads(path.read_text())
+    found = {name: table[name] for name in facts}
+    entries = {
+      name: np.array(table['microseconds'][name])
+      for name in ('stem', 'attention', 'mlp')
+    }
+  except FileNotFoundError as error:
+    raise errors.UserError(f'{wish}, found no {path}') from error
+  except KeyError as error:
+    raise errors.UserError(f'{wish}, found no {error} in {path}') from error
+  except (OSError, ValueError, TypeError) as error:
+    raise errors.UserError(
+      f'{wish}, found {errors.first_line(error)} in {path}'
+    ) from error
+  for name, wanted in json.loads(json.dumps(facts)).items():
+    if found[name] != wanted:
+      raise errors.UserError(
+        f'{wish} for {name}={wanted}, found one for {found[name]} in {path}'
+      )
+  shapes = {name: table.shape for name, table in entries.items()}
+  space = facts['space']
+  E, H, R = (
+    len(space[name]) for name in ('embed_dim', 'num_heads', 'mlp_ratio')
+  )
+  wanted = {'stem': (E,), 'attention': (E, H), 'mlp': (E, R)}
+  if shapes != wanted or any(
+    table.dtype.kind != 'i' or table.min() < 0 for table in entries.values()
+  ):
+    raise errors.UserError(
+      f'{wish}, in whole microseconds of shapes {wanted}, found {shapes} in '
+      f'{path}'
+    )
+  return CostTable(
+    name='latency',
+    label='microseconds',
+    depth=tuple(space['depth']),
+    stem_E=entries['stem'],
+    attention_EH=entries['attention'],
+    mlp_ER=entries['mlp'],
   )

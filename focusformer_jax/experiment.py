@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -59,9 +60,23 @@ class Experiment:
   @functools.cached_property
   def tables(self) -> dict[str, cost.CostTable]:
     """Every cost that tables and reports show, by name."""
-    return {
+    tables = {
       'macs': cost.macs(self.space, self.geometry),
       'params': cost.params(self.space, self.geometry),
+    }
+    measured = self.settings.sampler.latency
+    if measured is not None:
+      tables['latency'] = cost.latency(epath.Path(measured), self.latency_facts)
+    return tables
+
+  @property
+  def latency_facts(self) -> dict[str, Any]:
+    """What a latency table is of, and must agree with."""
+    return {
+      'batch_size': self.settings.profile.batch_size,
+      'dtype': self.settings.supernet.dtype,
+      'space': dataclasses.asdict(self.space),
+      'geometry': dataclasses.asdict(self.geometry),
     }
 
   @functools.cached_property

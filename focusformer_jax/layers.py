@@ -6,9 +6,11 @@ only that prefix. Every parameter names its axes, so `take` can cut a smaller
 part out of a larger one. Extracted networks are built of the same parts.
 
 Letters: `B` batch, `N` tokens, `D` width, `F` MLP width, `H` heads, `K` head
-dim, `G` patches along one side, `C` classes, `T` entries of a distance table.
+dim, `G` patches along one side, `C` classes, `T` entries of a distance table,
+`L` layers.
 """
 
+from collections.abc import Mapping
 import math
 from typing import TypeVar
 
@@ -25,6 +27,26 @@ LAYER_NORM_EPS = 1e-5
 
 def is_param(node) -> bool:
   return isinstance(node, nnx.Variable)
+
+
+def named_params(module: nnx.Module) -> dict[str, nnx.Variable]:
+  """Parameters by the names that files have, such as `blocks.0.mlp.up`."""
+  params, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_param)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): param
+    for path, param in params
+  }
+
+
+def replace_params(module: Module, arrays: Mapping[str, Array]) -> Module:
+  """The module with `arrays`, by name, in place of its own."""
+  return jax.tree.unflatten(
+    jax.tree.structure(module, is_leaf=is_param),
+    [
+      param.replace(jnp.asarray(arrays[name], jnp.float32))
+      for name, param in named_params(module).items()
+    ],
+  )
 
 
 def _normal(rngs, std, shape, axes) -> nnx.Param:
@@ -299,6 +321,25 @@ class Block(nnx.Module):
     for norm, part in self.branches():
       x_BND = x_BND + part(norm(x_BND))
     return x_BND
+
+
+def keep_branches(
+  key: jax.Array | None,
+  rate: float,
+  num_layers: int,
+  batch: int,
+  dtype: jax.typing.DTypeLike,
+) -> Float[Array, 'L 2 B 1 1'] | None:
+  """What drop path multiplies each branch of each example by; None for 1.
+
+  Layer i of L drops with probability linspace(0, rate, L)[i].
+  """
+  if key is None or rate == 0:
+    return None
+  keep_L = 1 - jnp.linspace(0, rate, num_layers)
+  keep = keep_L[:, None, None, None, None]
+  kept = jax.random.bernoulli(key, keep, (num_layers, 2, batch, 1, 1))
+  return (kept / keep).astype(dtype)
 
 
 class Stem(nnx.Module):

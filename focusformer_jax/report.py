@@ -57,7 +57,10 @@ def _cells(results: dict[str, Any]) -> list[list[str]]:
   """The table of budgets: its headings, then its rows."""
   rows = _rows(results)
   columns = [(name, form) for name, form in COLUMNS if name in rows[0]]
-  return [[HEADINGS.get(name, name) for name, _ in columns]] + [
+  headings = dict(HEADINGS)
+  if rows[0]['cost'] == 'latency':
+    headings['budget'] = 'budget µs'
+  return [[headings.get(name, name) for name, _ in columns]] + [
     [form.format(row[name]) for name, form in columns] for row in rows
   ]
 

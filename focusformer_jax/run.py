@@ -10,25 +10,28 @@ import jax
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import profile
 from focusformer_jax import report
+from focusformer_jax import retrain
 from focusformer_jax import search
 from focusformer_jax import settings as settings_lib
 from focusformer_jax import subnet
 from focusformer_jax import train
 
-MODES = ('run', 'train', 'search', 'extract', 'report')
+MODES = ('run', 'train', 'search', 'extract', 'report', 'profile', 'retrain')
 
 
 def run(
   settings: settings_lib.Settings, workdir: epath.Path, mode: str = 'run'
 ) -> None:
-  """Runs one stage, or with 'run' all those whose output is not there yet.
+  """Runs one stage, or with 'run' those whose output is not there yet.
 
   Args:
     settings: of the run; nothing is written before they are checked.
     workdir: gets `config.json`, `environment.json`, `checkpoints/`,
       `metrics/`, `search/`, `results.json`, `subnet/`, and from the report
-      `report.html`, `report/`, `table.txt` and `pareto.png`.
+      `report.html`, `report/`, `table.txt` and `pareto.png`; from the modes
+      that are asked for alone `profile/` and `retrain/`.
     mode: one of MODES.
 
   Raises:
@@ -36,6 +39,12 @@ def run(
   """
   if mode == 'report':
     _report(workdir)
+    return
+  if mode == 'profile':
+    profile.profile(settings, workdir)
+    return
+  if mode == 'retrain':
+    retrain.retrain(settings, workdir)
     return
   experiment = experiment_lib.create(settings)
   evaluator = evaluate.Evaluator(experiment)
@@ -87,7 +96,6 @@ def _extract(experiment, state, workdir):
   subnet.save(
     subnet.extract(state.scored, arch),
     row['architecture'],
-    experiment.geometry,
     workdir / 'subnet',
   )
   logging.info('extracted %s', experiment.space.describe(arch))

@@ -86,7 +86,8 @@ class Curriculum:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  cost: str = _one_of('macs', 'params')
+  cost: str = _one_of('macs', 'params', 'latency')
+  latency: str | None
   bins: int = _number(at_least=1)
   hidden: tuple[int, ...]
   frequencies: int = _number(at_least=0)
@@ -142,6 +143,23 @@ class Search:
 
 
 @dataclasses.dataclass(frozen=True)
+class Profile:
+  batch_size: int = _number(at_least=1)
+  repeats: int = _number(at_least=1)
+  networks: int = _number(at_least=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrain:
+  network: str | None
+  inherit: bool
+  steps: int = _number(at_least=1)
+  eval_every: int = _number(at_least=1)
+  checkpoint_every: int = _number(at_least=1)
+  optimizer: Optimizer
+
+
+@dataclasses.dataclass(frozen=True)
 class Mesh:
   data: int = _number(at_least=-1)
   fsdp: int = _number(at_least=1)
@@ -162,6 +180,8 @@ class Settings:
   sampler: Sampler
   train: Train
   search: Search
+  profile: Profile
+  retrain: Retrain
   mesh: Mesh
 
 
@@ -189,6 +209,11 @@ def parse(config: ml_collections.ConfigDict) -> Settings:
     raise errors.UserError(
       f'config.data.repeats: wanted a divisor of config.data.batch_size='
       f'{settings.data.batch_size}, found {settings.data.repeats}'
+    )
+  if settings.sampler.cost == 'latency' and settings.sampler.latency is None:
+    raise errors.UserError(
+      'config.sampler.latency: wanted the table that --mode=profile measured, '
+      'for config.sampler.cost=latency, found None'
     )
   return settings
 

@@ -51,6 +51,7 @@ class Stream(enum.IntEnum):
   AUGMENT = 3
   SAMPLER = 4
   SEARCH = 5
+  PROFILE = 6
 
 
 def stream_key(seed: int, stream: Stream, step: int | jax.Array) -> jax.Array:

@@ -60,6 +60,7 @@ class Supernet(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.space = space
+    self.geometry = geometry
     self.drop_path = drop_path
     self.dtype = jnp.dtype(dtype)
     self.execution = execution
@@ -197,14 +198,9 @@ class Supernet(nnx.Module):
     return run(x_BND, arch.embed_dim, scanned)
 
   def _keep_branches(self, key, batch) -> Float[Array, 'L 2 B 1 1'] | None:
-    """What each residual branch of each example is multiplied by."""
-    if key is None or self.drop_path == 0:
-      return None
-    L = self.space.num_layers
-    keep_L = 1 - jnp.linspace(0, self.drop_path, L)
-    keep = keep_L[:, None, None, None, None]
-    kept = jax.random.bernoulli(key, keep, (L, 2, batch, 1, 1))
-    return (kept / keep).astype(self.dtype)
+    return layers.keep_branches(
+      key, self.drop_path, self.space.num_layers, batch, self.dtype
+    )
 
   def _masked(self, x_BND, embed, scanned):
     space = self.space

@@ -1,6 +1,7 @@
 """Training of supernet and sampler: the loop, in paragraphs."""
 
 import collections
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from importlib import metadata
@@ -9,12 +10,14 @@ import platform
 import signal
 import threading
 import time
+from typing import TypeVar
 
 from absl import logging
 from clu import metric_writers
 from clu import parameter_overview
 from clu import periodic_actions
 from etils import epath
+import grain
 import jax
 import numpy as np
 
@@ -24,9 +27,12 @@ from focusformer_jax import data
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import settings as settings_lib
 from focusformer_jax import sharding
 from focusformer_jax import state as state_lib
 from focusformer_jax import steps
+
+State = TypeVar('State')
 
 CHECKPOINTS = 'checkpoints'
 
@@ -115,40 +121,24 @@ def train(
       state = checkpoints.restore(experiment.abstract_state, iterators)
       logging.info('resuming %s at step %d', workdir, int(state.step))
     _describe_run(experiment, workdir)
-    return _loop(
-      experiment, evaluator, checkpoints, iterators, heldout, state, workdir
-    )
 
+    # Two programs own the state; the evaluator's only look at it.
+    total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
+    heldout_batch = experiment.abstract_batch(settings.sampler.batch_size)
+    batch = experiment.abstract_batch(settings.data.batch_size)
+    scores = curriculum.wants_scores(settings)
+    if scores:
+      batch['heldout'] = heldout_batch
+    supernet_step = compile_step(experiment, steps.supernet_step, state, batch)
+    if warmup < total:
+      sampler_step = compile_step(
+        experiment, steps.sampler_step, state, heldout_batch
+      )
 
-def _loop(
-  experiment, evaluator, checkpoints, iterators, heldout, state, workdir
-):
-  """Updates the state to the last step; see `train`."""
-  settings = experiment.settings
-  total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
+    def next_batch(name):
+      return sharding.put_batch(experiment.mesh, next(iterators[name]))
 
-  # Two programs own the state; the evaluator's only look at it.
-  heldout_batch = experiment.abstract_batch(settings.sampler.batch_size)
-  batch = experiment.abstract_batch(settings.data.batch_size)
-  scores = curriculum.wants_scores(settings)
-  if scores:
-    batch['heldout'] = heldout_batch
-  supernet_step = _compile(experiment, steps.supernet_step, batch)
-  if warmup < total:
-    sampler_step = _compile(experiment, steps.sampler_step, heldout_batch)
-
-  def next_batch(name):
-    return sharding.put_batch(experiment.mesh, next(iterators[name]))
-
-  writer = metric_writers.create_default_writer(
-    workdir / 'metrics', just_logging=jax.process_index() != 0
-  )
-  progress = periodic_actions.ReportProgress(
-    num_train_steps=total, every_secs=10
-  )
-  pending = []
-  with _SigtermFlag() as preempted, metric_writers.ensure_flushes(writer):
-    for step in range(int(state.step) + 1, total + 1):
+    def update(step, state):
       batch = next_batch('train')
       if scores:
         batch['heldout'] = next_batch('heldout')
@@ -156,21 +146,73 @@ def _loop(
       if step > warmup and step % settings.sampler.every == 0:
         state, sampled = sampler_step(state, next_batch('heldout'))
         metrics |= sampled
-      pending.append(metrics)
+      return state, metrics
+
+    return loop(
+      settings.train,
+      state,
+      update,
+      lambda state: _look(experiment, evaluator, state, heldout),
+      checkpoints,
+      iterators,
+      workdir / 'metrics',
+    )
+
+
+def loop(
+  settings: settings_lib.Train,
+  state: State,
+  update: Callable[[int, State], tuple[State, steps.Metrics]],
+  look: Callable[[State], dict[str, float]],
+  checkpoints: checkpoint.Checkpoints,
+  iterators: Mapping[str, grain.DatasetIterator],
+  metrics: epath.Path,
+  optimizer: str = 'config.optimizer',
+) -> State:
+  """Updates a state to the last step, with metrics and checkpoints on the way.
+
+  Args:
+    settings: when to log, look, save and stop.
+    state: to start from; it counts its updates as `step`.
+    update: the next state and what to log, given its step and the state.
+    look: scores of a state, every `eval_every` steps and at the end.
+    checkpoints: where states are saved, with the positions of `iterators`.
+    iterators: what `update` reads.
+    metrics: gets what is logged.
+    optimizer: the config section to change where updates are not finite.
+
+  Raises:
+    UserError: too many updates in a row were not finite.
+    Preempted: SIGTERM came; a checkpoint is written.
+  """
+  total = settings.steps
+  writer = metric_writers.create_default_writer(
+    metrics, just_logging=jax.process_index() != 0
+  )
+  progress = periodic_actions.ReportProgress(
+    num_train_steps=total, every_secs=10
+  )
+  pending = []
+  with _SigtermFlag() as preempted, metric_writers.ensure_flushes(writer):
+    for step in range(int(state.step) + 1, total + 1):
+      state, logged = update(step, state)
+      pending.append(logged)
       if len(pending) > STEPS_AHEAD:
         jax.block_until_ready(pending[-1 - STEPS_AHEAD])
       progress(step)
 
       last = step == total or preempted.is_set()
-      if last or step % settings.train.log_every == 0:
+      if last or step % settings.log_every == 0:
         means = _means(pending)
-        _stop_if_broken(means, step, settings.train.max_skipped, checkpoints)
+        _stop_if_broken(
+          means, step, settings.max_skipped, checkpoints, optimizer
+        )
         writer.write_scalars(step, means)
         pending = []
-      if step == total or step % settings.train.eval_every == 0:
-        writer.write_scalars(step, _look(experiment, evaluator, state, heldout))
+      if step == total or step % settings.eval_every == 0:
+        writer.write_scalars(step, look(state))
       # A checkpoint is taken before the next batch is.
-      if last or step % settings.train.checkpoint_every == 0:
+      if last or step % settings.checkpoint_every == 0:
         checkpoints.save(step, state, iterators)
       if preempted.is_set() and step < total:
         raise Preempted(f'stopped by SIGTERM at step {step}; saved')
@@ -216,12 +258,19 @@ def _log_overview(experiment, state):
     )
 
 
-def _compile(experiment, step, batch):
-  """Compiles a step ahead of the loop, and says what it takes."""
+def compile_step(experiment, step, state, batch):
+  """Compiles a step ahead of the loop, and says what it takes.
+
+  Args:
+    experiment: what the step closes over.
+    step: a function of experiment, state and batch; it may reuse the state.
+    state: any with the shapes and shardings of the loop's.
+    batch: likewise.
+  """
   start = time.monotonic()
   compiled = (
     jax.jit(functools.partial(step, experiment), donate_argnums=0)
-    .lower(experiment.abstract_state, batch)
+    .lower(state, batch)
     .compile()
   )
   memory = compiled.memory_analysis()
@@ -254,13 +303,13 @@ def _means(pending: list[steps.Metrics]) -> dict[str, float]:
   } | {'train/skipped_in_a_row': float(values[-1]['train/skipped_in_a_row'])}
 
 
-def _stop_if_broken(means, step, limit, checkpoints):
+def _stop_if_broken(means, step, limit, checkpoints, optimizer):
   skipped = int(means['train/skipped_in_a_row'])
   if skipped >= limit:
     raise errors.UserError(
       f'step {step}: the last {skipped} updates were not finite and were '
-      f'skipped; lower config.optimizer.learning_rate (the last checkpoint is '
-      f'at step {checkpoints.latest_step})'
+      f'skipped; lower {optimizer}.learning_rate (the last checkpoint is at '
+      f'step {checkpoints.latest_step})'
     )
 
 

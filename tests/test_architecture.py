@@ -36,6 +36,8 @@ ORDER = (
   'subnet',
   'convert',
   'report',
+  'profile',
+  'retrain',
   'run',
 )
 PACKAGE = ROOT / 'focusformer_jax'

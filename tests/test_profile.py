@@ -1,0 +1,204 @@
+"""Latency as a cost: what is fitted, what a table must say, the whole mode."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from focusformer_jax import cost
+from focusformer_jax import errors
+from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import profile
+from focusformer_jax import report
+from focusformer_jax import run
+from focusformer_jax import settings as settings_lib
+from focusformer_jax import space as space_lib
+from focusformer_jax import train
+from tests.conftest import TINY
+
+SPACE = space_lib.SearchSpace(
+  embed_dim=(16, 32),
+  depth=(1, 2),
+  num_heads=(1, 2),
+  mlp_ratio=(1.0, 2.0),
+  head_dim=16,
+)
+FACTS = {
+  'batch_size': 4,
+  'dtype': 'float32',
+  'space': {
+    'embed_dim': [16, 32],
+    'depth': [1, 2],
+    'num_heads': [1, 2],
+    'mlp_ratio': [1.0, 2.0],
+    'head_dim': 16,
+  },
+  'geometry': {'image_size': 8},
+}
+MICROSECONDS = {
+  'stem': [100, 150],
+  'attention': [[10, 20], [15, 30]],
+  'mlp': [[5, 10], [10, 20]],
+}
+
+
+def write(path, **changes):
+  table = FACTS | {'device': 'test', 'microseconds': MICROSECONDS} | changes
+  path.write_text(json.dumps(table))
+  return path
+
+
+def parse(**changes) -> settings_lib.Settings:
+  config = digits.get_config('smoke')
+  with config.unlocked():
+    for key, value in changes.items():
+      section, name = key.split('__')
+      config[section][name] = value
+    config.space.update(FACTS['space'])
+    for name, value in FACTS['space'].items():
+      if isinstance(value, list):
+        config.space[name] = tuple(value)
+  return settings_lib.parse(config)
+
+
+def test_additive_times_are_fitted_exactly():
+  table = cost.CostTable(
+    name='latency',
+    label='microseconds',
+    depth=(1, 2),
+    stem_E=np.array([200, 310]),
+    attention_EH=np.array([[40, 71], [55, 98]]),
+    mlp_ER=np.array([[20, 33], [29, 47]]),
+  )
+  space, archs = profile.design(TINY)
+  assert space.depth == (1, 2)
+  times = np.array([table.of(arch) for arch in archs], float)
+  entries = profile.fit(space, archs, times)
+  layer = entries['attention'][:, :, None] + entries['mlp'][:, None]
+  wanted = table.attention_EH[:, :, None] + table.mlp_ER[:, None]
+  assert np.array_equal(entries['stem'], table.stem_E)
+  assert abs(layer - wanted).max() <= 1  # Halves are rounded one by one.
+
+
+def test_a_slow_network_does_not_make_entries_negative():
+  space, archs = profile.design(TINY)
+  times = np.array([100.0 if a.depth else 400.0 for a in archs])
+  entries = profile.fit(space, archs, times)
+  assert min(table.min() for table in entries.values()) >= 0
+
+
+def test_a_table_is_a_cost_in_microseconds(tmp_path):
+  table = cost.latency(write(tmp_path / 'table.json'), FACTS)
+  assert (table.minimum, table.maximum) == (100 + 15, 150 + 2 * 50)
+  arch = SPACE.from_json(
+    {
+      'depth': 2,
+      'embed_dim': 32,
+      'num_heads': [1, 2],
+      'mlp_ratio': [2.0, 1.0],
+    }
+  )
+  assert table.of(arch) == 150 + (15 + 20) + (30 + 10)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'batch_size': 8}, ' for batch_size=4, found one for 8 in'),
+    ({'dtype': 'bfloat16'}, ' for dtype=float32, found one for bfl'),
+    ({'space': {}}, ' for space='),
+    ({'geometry': {'image_size': 16}}, ' for geometry='),
+    ({'microseconds': {}}, ", found no 'stem'"),
+    ({'microseconds': MICROSECONDS | {'stem': [1.5, 2.5]}}, ', in whole'),
+    ({'microseconds': MICROSECONDS | {'stem': [-1, 2]}}, ', in whole'),
+    ({'microseconds': MICROSECONDS | {'mlp': [[1], [2]]}}, ', in whole'),
+  ],
+)
+def test_a_table_of_something_else_is_refused(changes, message, tmp_path):
+  path = write(tmp_path / 'table.json', **changes)
+  with pytest.raises(errors.UserError) as error:
+    cost.latency(path, FACTS)
+  wish = 'config.sampler.latency: wanted a table that --mode=profile measured'
+  assert str(error.value).startswith(wish + message)
+
+
+def test_a_table_that_is_not_there_is_named(tmp_path):
+  with pytest.raises(errors.UserError, match=r'found no .*table\.json'):
+    cost.latency(tmp_path / 'table.json', FACTS)
+  (tmp_path / 'table.json').write_text('{')
+  with pytest.raises(errors.UserError, match=r'found .* in .*table\.json'):
+    cost.latency(tmp_path / 'table.json', FACTS)
+
+
+def test_latency_as_cost_wants_a_table():
+  with pytest.raises(errors.UserError, match=r'config\.sampler\.latency'):
+    parse(sampler__cost='latency')
+
+
+def test_reports_name_the_unit():
+  row = {
+    'method': 'sampler',
+    'cost': 'latency',
+    'budget': 1200,
+    'macs': 1,
+    'params': 2,
+    'latency': 1100,
+    'heldout_accuracy': 0.5,
+    'test_accuracy': 0.5,
+  }
+  heading, _, line = report.table({'budgets': [row], 'rivals': []}).split('\n')
+  assert heading.split()[:3] == ['method', 'budget', 'µs']
+  assert line.split()[1:5] == ['1,200', '1', '2', '1,100']
+
+
+def test_profile_measures_a_table_that_budgets_can_be_searched_by(
+  tmp_path, capsys, monkeypatch
+):
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda: devices)
+  changes = {
+    'data__dir': str(tmp_path / 'data'),
+    'profile__batch_size': 4,
+    'profile__networks': 3,
+  }
+  experiment = experiment_lib.create(parse(**changes))
+  least = experiment.budgets.table.minimum
+  workdir = tmp_path / 'run'
+  with train.open_checkpoints(experiment, workdir) as checkpoints:
+    checkpoints.save(0, experiment.init_state(), {})
+
+  changes['search__budgets'] = (least - 1, 2 * least)
+  run.run(parse(**changes), workdir, 'profile')
+  printed = capsys.readouterr().out
+  met = [line.split()[1] for line in printed.splitlines() if '%' in line][:2]
+  assert met == ['no', 'yes']
+  assert 'rank correlation' in printed
+  found = json.loads((workdir / 'profile/check.json').read_text())
+  by_budget = [n for n in found['networks'] if n['budget'] is not None]
+  assert (len(found['networks']), len(by_budget)) == (3 + 6, 6)
+  assert all(n['predicted'] <= n['budget'] for n in by_budget)
+  assert all(n['measured'] > 0 for n in found['networks'])
+
+  # What one machine measured, another searches by.
+  (path,) = (workdir / 'profile').glob('latency-*.json')
+  carried = tmp_path / 'carried.json'
+  path.rename(carried)
+  del changes['search__budgets']
+  changes |= {'sampler__cost': 'latency', 'sampler__latency': str(carried)}
+  experiment = experiment_lib.create(parse(**changes))
+  table = experiment.budgets.table
+  assert (table.name, table.label) == ('latency', 'microseconds')
+  assert table.of(experiment.space.largest()) == table.maximum
+  with pytest.raises(errors.UserError, match=r'budgets: .* microseconds'):
+    experiment_lib.create(parse(search__budgets=(1,), **changes))
+
+
+def test_a_slow_spell_of_the_machine_is_taken_out():
+  wanted = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+  spells = np.array([1.0, 1.5, 1.5, 1.0, 1.5])[:, None]
+  times = wanted * spells
+  times[0, 3] *= 10  # And one hiccup.
+  found = profile.typical(times)
+  np.testing.assert_allclose(found / found[0], wanted, rtol=1e-12)

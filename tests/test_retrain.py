@@ -1,0 +1,227 @@
+"""Networks on their own: carried over, trained further, resumed."""
+
+import dataclasses
+import functools
+import json
+
+from flax import nnx
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from focusformer_jax import errors
+from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import layers
+from focusformer_jax import retrain
+from focusformer_jax import run
+from focusformer_jax import settings as settings_lib
+from focusformer_jax import sharding
+from focusformer_jax import space as space_lib
+from focusformer_jax import subnet
+
+ARCHITECTURE = {
+  'depth': 2,
+  'embed_dim': 16,
+  'num_heads': [1, 2],
+  'mlp_ratio': [1.5, 1.0],
+}
+GEOMETRY = space_lib.Geometry(8, 2, 1, 10, max_relative_position=14)
+
+
+def new_network(seed=0, **changes) -> subnet.VisionTransformer:
+  geometry = dataclasses.replace(GEOMETRY, **changes)
+
+  @jax.jit
+  def create(key):
+    return subnet.create(
+      ARCHITECTURE, geometry, head_dim=8, init_std=0.2, rngs=nnx.Rngs(key)
+    )
+
+  return create(jax.random.key(seed))
+
+
+logits = jax.jit(subnet.VisionTransformer.__call__)
+
+
+@pytest.fixture(scope='module')
+def network():
+  return new_network()
+
+
+@pytest.fixture(scope='module')
+def tfds_dir(tmp_path_factory) -> str:
+  return str(tmp_path_factory.mktemp('tfds'))
+
+
+@pytest.fixture(autouse=True)
+def on_one_device(monkeypatch):
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda: devices)
+
+
+def parse(tfds_dir, **changes) -> settings_lib.Settings:
+  config = digits.get_config('smoke')
+  with config.unlocked():
+    config.data.dir = tfds_dir
+    config.data.batch_size = 32
+    config.supernet.drop_path = 0.1
+    config.retrain.update(changes)
+  return settings_lib.parse(config)
+
+
+def assert_equal(one, other):
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    assert np.array_equal(a, b)
+
+
+def test_a_network_carries_over_to_its_own_geometry_unchanged(network):
+  assert_equal(retrain.transfer(network, new_network(seed=1)), network)
+
+
+def test_other_classes_start_with_a_new_head(network):
+  new = new_network(seed=1, num_classes=3)
+  found = retrain.transfer(network, new)
+  assert_equal((found.stem, found.blocks), (network.stem, network.blocks))
+  assert_equal(found.head.norm, network.head.norm)
+  assert_equal(found.head.kernel, new.head.kernel)
+
+
+def test_positions_are_interpolated_and_the_class_token_kept():
+  ramp = np.arange(8.0)
+  position = np.concatenate([[99.0], np.repeat(ramp, 8)])[:, None]
+  found = np.asarray(retrain.resize_positions(position, 8, 16))[:, 0]
+  assert found[0] == 99
+  rows = found[1:].reshape(16, 16)
+  # Twice as fine, centres half a patch off: 0.25 before and behind each one.
+  inside = np.arange(16)[4:-4] / 2 - 0.25
+  np.testing.assert_allclose(rows[4:-4, 5], inside, atol=1e-5)
+  np.testing.assert_allclose(rows[:, 3], rows[:, 12], atol=1e-5)
+
+
+def test_distances_that_never_occurred_take_the_farthest_that_did():
+  # Distances -4..4 stand at entries 1..9; a grid of 3 taught -2..2.
+  found = retrain.carried_distances(grid=3, max_distance=4)
+  assert found.tolist() == [0, 3, 3, 3, 4, 5, 6, 7, 7, 7]
+  wide = retrain.carried_distances(grid=9, max_distance=4)
+  assert wide.tolist() == list(range(10))
+
+
+def test_a_larger_grid_runs_with_the_same_parameters(network):
+  found = retrain.transfer(network, new_network(seed=1, image_size=12))
+  names = layers.named_params(network)
+  changed = {
+    name
+    for name, param in layers.named_params(found).items()
+    if param.shape != names[name].shape
+  }
+  assert changed == {'stem.position'}
+  images = jax.ShapeDtypeStruct((1, 12, 12, 1), np.float32)
+  assert jax.eval_shape(logits, found, images).shape == (1, 10)
+
+
+def test_training_computes_what_the_network_does(network):
+  images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def trained(network, drop_path):
+    return retrain.logits_in_training(
+      network, images, drop_path, jax.random.key(1)
+    )
+
+  wanted = logits(network, images)
+  np.testing.assert_allclose(trained(network, 0.0), wanted, atol=1e-5)
+  assert not np.allclose(trained(network, 0.9), wanted, atol=1e-3)
+
+
+def accuracy(network, experiment) -> float:
+  source = experiment.dataset.split('test')
+  images = (source.image.astype(np.float32) / 255 - 0.5) / 0.5
+  return float(np.mean(np.argmax(logits(network, images), -1) == source.label))
+
+
+def results(workdir) -> dict:
+  return json.loads((workdir / 'retrain/results.json').read_text())
+
+
+def test_retraining_resumes_bit_for_bit(
+  tfds_dir, network, tmp_path, monkeypatch, capsys
+):
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  for workdir in (whole, killed):
+    subnet.save(network, ARCHITECTURE, workdir / 'subnet')
+  settings = parse(tfds_dir)
+  run.run(settings, whole, 'retrain')
+  assert 'before' in capsys.readouterr().out
+
+  put_batch, batches = sharding.put_batch, []
+
+  def killed_at_step_four(mesh, batch):
+    batches.append(batch)
+    if len(batches) == 4:
+      raise KeyboardInterrupt
+    return put_batch(mesh, batch)
+
+  monkeypatch.setattr(sharding, 'put_batch', killed_at_step_four)
+  with pytest.raises(KeyboardInterrupt):
+    run.run(settings, killed, 'retrain')
+  monkeypatch.setattr(sharding, 'put_batch', put_batch)
+  run.run(settings, killed, 'retrain')
+
+  assert results(killed) == results(whole)
+  weights = [w / 'retrain/network/model.safetensors' for w in (whole, killed)]
+  assert weights[0].read_bytes() == weights[1].read_bytes()
+  experiment = experiment_lib.create(settings)
+  after, _ = subnet.load(whole / 'retrain/network')
+  assert results(whole)['test_accuracy_before'] == pytest.approx(
+    accuracy(network, experiment)
+  )
+  assert results(whole)['test_accuracy_after'] == pytest.approx(
+    accuracy(after, experiment)
+  )
+
+  # Another network is another run.
+  subnet.save(new_network(seed=1), ARCHITECTURE, killed / 'subnet')
+  with pytest.raises(errors.UserError, match=r'config\.retrain\.network'):
+    run.run(settings, killed, 'retrain')
+
+
+def test_a_network_of_other_images_and_classes(tfds_dir, tmp_path):
+  other = new_network(image_size=12, num_classes=3)
+  subnet.save(other, ARCHITECTURE, tmp_path / 'other')
+  settings = parse(tfds_dir, network=str(tmp_path / 'other'))
+  run.run(settings, tmp_path, 'retrain')
+  found, description = subnet.load(tmp_path / 'retrain/network')
+  assert found.geometry == GEOMETRY
+  assert {name: description[name] for name in ARCHITECTURE} == ARCHITECTURE
+
+  scratch = parse(tfds_dir, inherit=False)
+  experiment = experiment_lib.create(scratch)
+  fresh = retrain.prepare(experiment, found, description)
+  assert fresh.geometry == found.geometry
+  assert not np.array_equal(fresh.stem.kernel, found.stem.kernel)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'channels': 3}, 'config.data.name: wanted images of 3 channels'),
+    (
+      {'image_size': 9, 'patch_size': 3},
+      'config.data.image_size: wanted a multiple',
+    ),
+  ],
+)
+def test_images_that_a_network_cannot_read(
+  changes, message, tfds_dir, tmp_path
+):
+  subnet.save(new_network(**changes), ARCHITECTURE, tmp_path / 'subnet')
+  with pytest.raises(errors.UserError) as error:
+    run.run(parse(tfds_dir), tmp_path, 'retrain')
+  assert str(error.value).startswith(message)
+  assert not (tmp_path / 'retrain').exists()
+
+
+def test_no_network_is_said(tfds_dir, tmp_path):
+  with pytest.raises(errors.UserError, match='--mode=extract'):
+    run.run(parse(tfds_dir), tmp_path, 'retrain')
