@@ -114,7 +114,7 @@ def train(
     else:
       state = checkpoints.restore(experiment.abstract_state, iterators)
       logging.info('resuming %s at step %d', workdir, int(state.step))
-    _describe_run(experiment, workdir)
+    describe_run(experiment, workdir)
     return _loop(
       experiment, evaluator, checkpoints, iterators, heldout, state, workdir
     )
@@ -173,7 +173,9 @@ def _loop(
   return state
 
 
-def _describe_run(experiment, workdir):
+def describe_run(
+  experiment: experiment_lib.Experiment, workdir: epath.Path
+) -> None:
   """Writes what is run, and on what, for the report."""
   if jax.process_index() != 0:
     return
