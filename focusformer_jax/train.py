@@ -120,7 +120,7 @@ def train(
     else:
       state = checkpoints.restore(experiment.abstract_state, iterators)
       logging.info('resuming %s at step %d', workdir, int(state.step))
-    _describe_run(experiment, workdir)
+    describe_run(experiment, workdir)
 
     # Two programs own the state; the evaluator's only look at it.
     total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
@@ -219,7 +219,9 @@ def loop(
   return state
 
 
-def _describe_run(experiment, workdir):
+def describe_run(
+  experiment: experiment_lib.Experiment, workdir: epath.Path
+) -> None:
   """Writes what is run, and on what, for the report."""
   if jax.process_index() != 0:
     return

@@ -30,7 +30,7 @@ def test_traced_and_batched_costs_are_exact(make, space):
   keys = jax.random.split(jax.random.key(0), 16)
   archs = jax.vmap(space.uniform)(keys)
   units = jax.jit(jax.vmap(table.units))(archs)
-  assert np.array_equal(np.asarray(units) * table.unit, table.of_all(archs))
+  assert np.array_equal(np.int64(units) * table.unit, table.of_all(archs))
   assert np.array_equal(units, jax.jit(table.units)(archs))
   for arch, count in zip(space_lib.unstack(archs), units, strict=True):
     e, depth = int(arch.embed_dim), space.depth[int(arch.depth)]

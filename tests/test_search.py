@@ -148,11 +148,12 @@ def scored(evaluator, monkeypatch):
 def test_a_killed_search_goes_on(
   experiment, evaluator, state, tmp_path, scored
 ):
+  chosen = options(
+    experiment, method=METHODS, draws=2, budgets=(100_000.0, 1_000_000.0)
+  )
   four = dataclasses.replace(
     experiment,
-    settings=dataclasses.replace(
-      experiment.settings, search=options(experiment, method=METHODS, draws=2)
-    ),
+    settings=dataclasses.replace(experiment.settings, search=chosen),
   )
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   search.search(four, evaluator, state, whole)
@@ -180,7 +181,7 @@ def test_a_killed_search_goes_on(
 
   results = json.loads(results)
   assert list(results['methods']) == list(METHODS)
-  assert results['methods']['random']['evaluations'] == 6 * 4
+  assert results['methods']['random']['evaluations'] == 2 * 4
   assert {row['method'] for row in results['budgets']} == {'sampler'}
   for row in results['budgets'] + results['rivals']:
     assert row['macs'] <= row['budget']

@@ -295,6 +295,9 @@ def test_digits_end_to_end(tfds_dir, tmp_path, capsys, on_one_device, compiled):
   assert {row['method'] for row in results['budgets']} == {'sampler'}
   assert 'sampler' in capsys.readouterr().out
   assert (tmp_path / 'pareto.png').read_bytes().startswith(b'\x89PNG')
+  found = json.loads((tmp_path / 'report/report.json').read_text())
+  assert [step for step, _ in found['metrics']['train/loss']] == [2, 4, 6, 8]
+  assert found['config']['seed'] == settings.seed
   architecture = json.loads((tmp_path / 'subnet/architecture.json').read_text())
   assert architecture['geometry']['num_classes'] == 10
 
