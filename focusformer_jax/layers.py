@@ -9,6 +9,7 @@ Letters: `B` batch, `N` tokens, `D` width, `F` MLP width, `H` heads, `K` head
 dim, `G` patches along one side, `C` classes, `T` entries of a distance table.
 """
 
+from collections.abc import Mapping
 import math
 from typing import TypeVar
 
@@ -25,6 +26,26 @@ LAYER_NORM_EPS = 1e-5
 
 def is_param(node) -> bool:
   return isinstance(node, nnx.Variable)
+
+
+def named_params(module: nnx.Module) -> dict[str, nnx.Variable]:
+  """Parameters by the names that files have, such as `blocks.0.mlp.up`."""
+  params, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_param)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): param
+    for path, param in params
+  }
+
+
+def replace_params(module: Module, arrays: Mapping[str, Array]) -> Module:
+  """The module with `arrays`, by name, in place of its own."""
+  return jax.tree.unflatten(
+    jax.tree.structure(module, is_leaf=is_param),
+    [
+      param.replace(jnp.asarray(arrays[name], jnp.float32))
+      for name, param in named_params(module).items()
+    ],
+  )
 
 
 def _normal(rngs, std, shape, axes) -> nnx.Param:

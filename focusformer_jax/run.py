@@ -1,5 +1,6 @@
 """The whole job: train, search, extract, report, each from what is on disk."""
 
+import functools
 import json
 
 from absl import logging
@@ -9,24 +10,26 @@ import jax
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import export
 from focusformer_jax import report
 from focusformer_jax import search
 from focusformer_jax import settings as settings_lib
+from focusformer_jax import sharding
 from focusformer_jax import subnet
 from focusformer_jax import train
 
-MODES = ('run', 'train', 'search', 'extract', 'report')
+MODES = ('run', 'train', 'search', 'extract', 'export', 'report')
 
 
 def run(
   settings: settings_lib.Settings, workdir: epath.Path, mode: str = 'run'
 ) -> None:
-  """Runs one stage, or with 'run' all those whose output is not there yet.
+  """Runs one stage, or with 'run' those whose output is not there yet.
 
   Args:
     settings: of the run; nothing is written before they are checked.
     workdir: gets `checkpoints/`, `metrics/`, `results.json`, `search/`,
-      `subnet/`, `table.txt` and `pareto.png`.
+      `subnet/`, `table.txt` and `pareto.png`, and `export/` if asked for.
     mode: one of MODES.
 
   Raises:
@@ -47,8 +50,11 @@ def run(
   results = workdir / 'results.json'
   if mode == 'search' or (mode == 'run' and not _is_of(results, state)):
     search.search(experiment, evaluator, state, workdir)
-  if mode in ('run', 'extract'):
-    _extract(experiment, state, workdir)
+  if mode in ('run', 'extract', 'export'):
+    arch, network = _extract(experiment, evaluator, state, workdir)
+  if mode == 'export' and jax.process_index() == 0:
+    step, parent = int(state.step), workdir / 'export'
+    print(export.export(experiment, network, arch, step, parent))
   if mode in ('run', 'search'):
     _report(workdir)
 
@@ -70,18 +76,23 @@ def _is_of(results: epath.Path, state) -> bool:
   return json.loads(results.read_text())['checkpoint_step'] == int(state.step)
 
 
-def _extract(experiment, state, workdir):
-  """Cuts the sampler's choice at the largest budget out of the supernet."""
-  rows = json.loads((workdir / 'results.json').read_text())['budgets']
-  row = max(rows, key=lambda row: row['budget'])
-  arch = experiment.space.from_json(row['architecture'])
-  subnet.save(
-    subnet.extract(state.scored, arch),
-    row['architecture'],
-    experiment.geometry,
-    workdir / 'subnet',
-  )
+def _extract(experiment, evaluator, state, workdir):
+  """Cuts the configured architecture, or the sampler's, out of the supernet."""
+  arch = experiment.extract_architecture
+  if arch is None:
+    budget = experiment.settings.extract.budget
+    budget = min(
+      int(budget) or experiment.search_budgets[-1],
+      experiment.budgets.table.maximum,
+    )
+    arch = evaluator.propose(state.policy, [budget])[0].arch
+  # Whole on every device, and then on the first alone.
+  whole = jax.jit(functools.partial(sharding.gathered, experiment.mesh))
+  supernet = jax.device_put(jax.device_get(whole(state.scored)))
+  network = subnet.extract(supernet, arch)
+  subnet.save(network, experiment.space.to_json(arch), workdir / 'subnet')
   logging.info('extracted %s', experiment.space.describe(arch))
+  return arch, network
 
 
 def _report(workdir: epath.Path):

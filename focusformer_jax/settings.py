@@ -99,6 +99,8 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
+  initial: str
+  supernet: bool
   steps: int = _number(at_least=1)
   log_every: int = _number(at_least=1)
   eval_every: int = _number(at_least=1)
@@ -112,6 +114,12 @@ class Search:
   budgets: tuple[float, ...]
   random: int = _number(at_least=1)
   subnets_per_call: int = _number(at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extract:
+  budget: float = _number(at_least=0)
+  architecture: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +143,7 @@ class Settings:
   sampler: Sampler
   train: Train
   search: Search
+  extract: Extract
   mesh: Mesh
 
 

@@ -107,7 +107,8 @@ class SearchSpace:
     """Layers of the supernet."""
     return self.depth[-1]
 
-  def mlp_dim(self, embed_dim: int, mlp_ratio: float) -> int:
+  @staticmethod
+  def mlp_dim(embed_dim: int, mlp_ratio: float) -> int:
     """Hidden features of an MLP, rounded down as in the reference."""
     return int(embed_dim * mlp_ratio)
 

@@ -15,9 +15,13 @@ from jaxtyping import Array, Float
 import numpy as np
 import safetensors.numpy
 
+from focusformer_jax import errors
 from focusformer_jax import layers
 from focusformer_jax import space as space_lib
 from focusformer_jax import supernet as supernet_lib
+
+WEIGHTS = 'model.safetensors'
+DESCRIPTION = 'architecture.json'
 
 
 class VisionTransformer(nnx.Module):
@@ -28,11 +32,13 @@ class VisionTransformer(nnx.Module):
     stem: layers.Stem,
     blocks: list[layers.Block],
     head: layers.Head,
+    geometry: space_lib.Geometry,
     dtype: jax.typing.DTypeLike = jnp.float32,
   ):
     self.stem = stem
     self.blocks = nnx.List(blocks)
     self.head = head
+    self.geometry = geometry
     self.dtype = jnp.dtype(dtype)
 
   def __call__(
@@ -58,7 +64,61 @@ def extract(
     layers.take(supernet.stem, {'embed': width}),
     blocks,
     layers.take(supernet.head, {'embed': width}),
+    supernet.geometry,
     supernet.dtype,
+  )
+
+
+def create(
+  architecture: dict[str, Any],
+  geometry: space_lib.Geometry,
+  *,
+  head_dim: int = 64,
+  pool: str = 'mean',
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  init_std: float = 0.02,
+  rngs: nnx.Rngs,
+) -> VisionTransformer:
+  """A new network.
+
+  Args:
+    architecture: as `SearchSpace.to_json` writes it, of any space.
+    geometry: images and classes.
+    head_dim: channels of an attention head.
+    pool: 'mean' over patches, or 'cls'.
+    dtype: of the computation; parameters are float32.
+    init_std: as the supernet's.
+    rngs: seeds of the initial parameters.
+  """
+  width = architecture['embed_dim']
+  choices = zip(
+    architecture['num_heads'], architecture['mlp_ratio'], strict=True
+  )
+  return VisionTransformer(
+    layers.Stem(
+      width,
+      geometry.grid,
+      geometry.patch_size,
+      geometry.channels,
+      std=init_std,
+      rngs=rngs,
+    ),
+    [
+      layers.Block(
+        width,
+        heads,
+        space_lib.SearchSpace.mlp_dim(width, ratio),
+        head_dim,
+        geometry.grid,
+        geometry.max_relative_position,
+        std=init_std,
+        rngs=rngs,
+      )
+      for heads, ratio in choices
+    ],
+    layers.Head(width, geometry.num_classes, pool, std=init_std, rngs=rngs),
+    geometry,
+    dtype,
   )
 
 
@@ -70,22 +130,57 @@ def count_params(module: nnx.Module) -> int:
 def save(
   network: VisionTransformer,
   architecture: dict[str, Any],
-  geometry: space_lib.Geometry,
   directory: epath.Path,
 ) -> None:
-  """Writes `model.safetensors` and `architecture.json`."""
+  """Writes `model.safetensors` and `architecture.json`, all that `load` needs.
+
+  Args:
+    network: float32 parameters.
+    architecture: its choices, as `SearchSpace.to_json` writes them.
+    directory: made where it is not there.
+  """
   if jax.process_index() != 0:
     return
-  leaves, _ = jax.tree_util.tree_flatten_with_path(network)
   arrays = {
-    jax.tree_util.keystr(path[:-1], simple=True, separator='.'): np.asarray(
-      leaf
-    )
-    for path, leaf in leaves
+    name: np.asarray(param.get_value())
+    for name, param in layers.named_params(network).items()
+  }
+  description = architecture | {
+    'head_dim': network.blocks[0].attention.query.shape[-1],
+    'pool': network.head.pool,
+    'dtype': network.dtype.name,
+    'geometry': dataclasses.asdict(network.geometry),
   }
   directory.mkdir(parents=True, exist_ok=True)
-  (directory / 'model.safetensors').write_bytes(safetensors.numpy.save(arrays))
-  description = architecture | {'geometry': dataclasses.asdict(geometry)}
-  (directory / 'architecture.json').write_text(
-    json.dumps(description, indent=2) + '\n'
-  )
+  (directory / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
+  (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
+
+
+def load(directory: epath.Path) -> VisionTransformer:
+  """The network that `save` wrote.
+
+  Raises:
+    UserError: a file is missing or unreadable, or the two do not fit.
+  """
+  try:
+    description = json.loads((directory / DESCRIPTION).read_text())
+    arrays = safetensors.numpy.load((directory / WEIGHTS).read_bytes())
+    geometry = space_lib.Geometry(**description['geometry'])
+    options = {key: description[key] for key in ('head_dim', 'pool', 'dtype')}
+    network = jax.eval_shape(
+      lambda: create(description, geometry, **options, rngs=nnx.Rngs(0))
+    )
+  except Exception as error:  # JSON, safetensors and our own: one of many.
+    raise errors.UserError(
+      f'{directory}: wanted {DESCRIPTION} and {WEIGHTS} of a network, found '
+      f'{errors.first_line(error)}; write them with --mode=extract'
+    ) from error
+
+  for name, param in layers.named_params(network).items():
+    found = arrays[name].shape if name in arrays else 'nothing'
+    if found != param.shape:
+      raise errors.UserError(
+        f'{directory / WEIGHTS}: wanted {name} of shape {param.shape}, found '
+        f'{found}; write it with --mode=extract'
+      )
+  return layers.replace_params(network, arrays)

@@ -60,6 +60,7 @@ class Supernet(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.space = space
+    self.geometry = geometry
     self.drop_path = drop_path
     self.dtype = jnp.dtype(dtype)
     self.execution = execution

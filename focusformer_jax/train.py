@@ -29,6 +29,8 @@ CHECKPOINTS = 'checkpoints'
 # few enough that progress says what is done and not what is asked for.
 STEPS_AHEAD = 2
 
+SKIPPED = 'train/skipped_in_a_row'
+
 
 class Preempted(Exception):
   """SIGTERM came; everything is saved."""
@@ -63,8 +65,8 @@ def train(
   """Trains to the last step, resuming from the newest checkpoint if there is.
 
   Raises:
-    UserError: the checkpoint is of another run, or too many updates in a row
-      were not finite.
+    UserError: the checkpoint is of another run, the weights to start from do
+      not fit or are missing, or too many updates in a row were not finite.
     Preempted: SIGTERM came; a checkpoint is written.
   """
   settings = experiment.settings
@@ -92,6 +94,11 @@ def train(
   # State: the newest checkpoint if there is one, else born sharded.
   with open_checkpoints(experiment, workdir) as checkpoints:
     if checkpoints.latest_step is None:
+      if not (settings.train.supernet or settings.train.initial):
+        raise errors.UserError(
+          'config.train.initial: wanted weights for a supernet that does not '
+          'learn (config.train.supernet=False), found none'
+        )
       state = experiment.init_state()
       _log_overview(experiment, state)
     else:
@@ -109,10 +116,14 @@ def _loop(
   settings = experiment.settings
   total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
 
-  # Two programs own the state; the evaluator's only look at it.
-  supernet_step = _compile(
-    experiment, steps.supernet_step, settings.data.batch_size
-  )
+  # Two programs own the state; the evaluator's only look at it. Where the
+  # supernet does not learn, every step is the sampler's and one program does.
+  if settings.train.supernet:
+    source, step_of, images = 'train', steps.supernet_step, settings.data
+  else:
+    source, step_of, images = 'heldout', steps.frozen_step, settings.sampler
+    warmup = total
+  train_step = _compile(experiment, step_of, images.batch_size)
   if warmup < total:
     sampler_step = _compile(
       experiment, steps.sampler_step, settings.sampler.batch_size
@@ -130,7 +141,7 @@ def _loop(
   pending = []
   with _SigtermFlag() as preempted, metric_writers.ensure_flushes(writer):
     for step in range(int(state.step) + 1, total + 1):
-      state, metrics = supernet_step(state, next_batch('train'))
+      state, metrics = train_step(state, next_batch(source))
       if step > warmup and step % settings.sampler.every == 0:
         state, sampled = sampler_step(state, next_batch('heldout'))
         metrics |= sampled
@@ -208,11 +219,11 @@ def _means(pending: list[steps.Metrics]) -> dict[str, float]:
   return {
     name: float(np.mean([v[name] for v in values if name in v]))
     for name in sorted(set().union(*values))
-  } | {'train/skipped_in_a_row': float(values[-1]['train/skipped_in_a_row'])}
+  } | {k: float(values[-1][k]) for k in values[-1] if k == SKIPPED}
 
 
 def _stop_if_broken(means, step, limit, checkpoints):
-  skipped = int(means['train/skipped_in_a_row'])
+  skipped = int(means.get(SKIPPED, 0))  # No supernet update, none skipped.
   if skipped >= limit:
     raise errors.UserError(
       f'step {step}: the last {skipped} updates were not finite and were '
