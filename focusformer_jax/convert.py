@@ -137,7 +137,7 @@ def _layer_names(name: str, param: nnx.Variable) -> list[str]:
   """A name for each layer where `param` stacks them, else its own."""
   if param.ndim == len(param.axes):
     return [name]
-  return [name.replace('.', f'.{i}.', 1) for i in range(len(param))]
+  return [name.replace('.', f'.{i}.', 1) for i in range(param.shape[0])]
 
 
 def _below(arrays: StateDict, prefix: str) -> dict[str, Array]:
@@ -296,8 +296,8 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
     raise refuse(unsafe[1] if unsafe else errors.first_line(error)) from error
   except Exception as error:  # torch raises anything on what it cannot read.
     raise refuse(errors.first_line(error)) from error
-  if isinstance(loaded, dict) and set(loaded) == {'model'}:
-    loaded = loaded['model']
+  if isinstance(loaded, dict) and isinstance(loaded.get('model'), dict):
+    loaded = loaded.pop('model') | loaded
   if not isinstance(loaded, dict):
     raise refuse(type(loaded).__name__)
   for name, value in loaded.items():

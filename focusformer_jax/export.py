@@ -197,7 +197,7 @@ def _preprocessing(experiment) -> dict:
 
 
 def _flatbuffers() -> bytes:
-  """The package that jax's reader imports, as a zip that Python imports from."""
+  """What jax's reader imports and jax lacks, as a zip that Python takes."""
   file = io.BytesIO()
   with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
     for path in sorted(pathlib.Path(flatbuffers.__file__).parent.glob('*.py')):

@@ -9,15 +9,15 @@ import json
 import pathlib
 import sys
 
-HERE = pathlib.Path(__file__).resolve().parent
-# What jax reads the network with and does not bring; an installed one is taken.
-sys.path.append(str(HERE / 'flatbuffers.zip'))
-
 import jax
 from jax import export
 import numpy as np
 from PIL import Image
 from PIL import ImageOps
+
+HERE = pathlib.Path(__file__).resolve().parent
+# What jax reads the network with and does not bring; an installed one is taken.
+sys.path.append(str(HERE / 'flatbuffers.zip'))
 
 BATCH = 64
 

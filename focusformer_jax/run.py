@@ -1,6 +1,5 @@
 """The whole job: train, search, extract, report, each from what is on disk."""
 
-import functools
 import json
 
 from absl import logging
@@ -86,9 +85,7 @@ def _extract(experiment, evaluator, state, workdir):
       experiment.budgets.table.maximum,
     )
     arch = evaluator.propose(state.policy, [budget])[0].arch
-  # Whole on every device, and then on the first alone.
-  whole = jax.jit(functools.partial(sharding.gathered, experiment.mesh))
-  supernet = jax.device_put(jax.device_get(whole(state.scored)))
+  supernet = sharding.on_one_device(experiment.mesh, state.scored)
   network = subnet.extract(supernet, arch)
   subnet.save(network, experiment.space.to_json(arch), workdir / 'subnet')
   logging.info('extracted %s', experiment.space.describe(arch))

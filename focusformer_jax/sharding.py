@@ -85,6 +85,12 @@ def gathered(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
   )
 
 
+def on_one_device(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
+  """The tree whole on the first device of each process, outside a `jit`."""
+  whole = jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  return jax.device_put(jax.device_get(whole))
+
+
 def put_batch(mesh: jax.sharding.Mesh, batch: Tree) -> Tree:
   """Arrays over the whole mesh from this process's part of a batch."""
   sharding = NamedSharding(mesh, BATCH)
