@@ -16,8 +16,6 @@ from typing import Any, TypeVar
 from etils import epath
 from flax import nnx
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -97,7 +95,7 @@ SAME = {
 }
 
 
-def _layer_to(ours: StateDict) -> dict[str, Array]:
+def _layer_to(ours: StateDict) -> dict[str, np.ndarray]:
   """One layer in AutoFormer's names and layouts."""
   width = len(ours['attention.query'])
   # The rows of queries, keys and values are interleaved; the biases are not.
@@ -106,7 +104,7 @@ def _layer_to(ours: StateDict) -> dict[str, Array]:
     for part in ('query', 'key', 'value')
   ]
   return {theirs: ours[name] for name, theirs in SAME.items()} | {
-    'attn.qkv.weight': jnp.stack(kernels, axis=1).reshape(-1, width),
+    'attn.qkv.weight': np.stack(kernels, axis=1).reshape(-1, width),
     'attn.qkv.bias': ours['attention.bias'].ravel(),
     'attn.proj.weight': ours['attention.out'].reshape(-1, width).T,
     'fc1.weight': ours['mlp.up'].T,
@@ -140,7 +138,7 @@ def _layer_names(name: str, param: nnx.Variable) -> list[str]:
   return [name.replace('.', f'.{i}.', 1) for i in range(param.shape[0])]
 
 
-def _below(arrays: StateDict, prefix: str) -> dict[str, Array]:
+def _below(arrays: StateDict, prefix: str) -> dict[str, np.ndarray]:
   """The arrays whose names start with `prefix`, by what follows."""
   return {
     name.removeprefix(prefix): array
@@ -149,7 +147,7 @@ def _below(arrays: StateDict, prefix: str) -> dict[str, Array]:
   }
 
 
-def to_autoformer(network: Network) -> dict[str, Array]:
+def to_autoformer(network: Network) -> dict[str, np.ndarray]:
   """A network's weights in AutoFormer's names and layouts.
 
   Tensors are as large as the largest subnet of the space, or as the extracted
@@ -157,7 +155,7 @@ def to_autoformer(network: Network) -> dict[str, Array]:
   """
   ours = {}
   for name, param in layers.named_params(network).items():
-    names, array = _layer_names(name, param), param.get_value()
+    names, array = _layer_names(name, param), np.asarray(param.get_value())
     ours |= {name: array} if names == [name] else dict(zip(names, array))
   patch = network.geometry.patch_size
   kernel = ours['stem.kernel'].reshape(patch, patch, -1, len(ours['stem.bias']))
@@ -188,14 +186,15 @@ def from_autoformer(state_dict: StateDict, network: Network) -> Network:
 
   Args:
     state_dict: AutoFormer's names to arrays.
-    network: gives structure and sizes; its values are not used.
+    network: gives structure and sizes, and may be abstract.
 
   Raises:
     ValueError: names the first tensor that is missing or does not fit.
   """
+  like = jax.tree.map(lambda leaf: np.zeros(leaf.shape), network)
   theirs = {
     name: _prefix(name, state_dict.get(name), wanted.shape)
-    for name, wanted in jax.eval_shape(to_autoformer, network).items()
+    for name, wanted in to_autoformer(like).items()
   }
   kernel = theirs['patch_embed_super.proj.weight']
   ours = {
@@ -310,9 +309,8 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
 
 def write(network: Network, path: epath.Path) -> None:
   """Writes a `.safetensors` file in AutoFormer's names and layouts."""
-  arrays = jax.device_get(to_autoformer(network))
-  path.write_bytes(
-    safetensors.numpy.save(
-      {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    )
-  )
+  arrays = {
+    name: np.ascontiguousarray(array)
+    for name, array in to_autoformer(network).items()
+  }
+  path.write_bytes(safetensors.numpy.save(arrays))

@@ -145,14 +145,19 @@ def _classifier(
   return classify
 
 
-def _artefact(recipe, network) -> bytes:
-  geometry = network.geometry
+def _images(geometry: space_lib.Geometry) -> jax.ShapeDtypeStruct:
+  """Bytes of any number of images."""
   size, channels = geometry.image_size, geometry.channels
   shape = jax_export.symbolic_shape(f'batch, {size}, {size}, {channels}')
-  exported = jax_export.export(
+  return jax.ShapeDtypeStruct(shape, jnp.uint8)
+
+
+def _artefact(recipe, network) -> bytes:
+  """The network as `jax.export` serialises it."""
+  export_to = jax_export.export(
     _classifier(recipe, network), platforms=PLATFORMS
-  )(jax.ShapeDtypeStruct(shape, jnp.uint8))
-  return bytes(exported.serialize())
+  )
+  return bytes(export_to(_images(network.geometry)).serialize())
 
 
 def _onnx(recipe, network) -> bytes | None:
@@ -162,11 +167,9 @@ def _onnx(recipe, network) -> bytes | None:
   except ImportError:
     logging.info('no model.onnx: pip install jax2onnx to have one')
     return None
-  geometry = network.geometry
-  shape = ('batch', *(geometry.image_size,) * 2, geometry.channels)
   model = jax2onnx.to_onnx(
     _classifier(recipe, network),
-    [jax.ShapeDtypeStruct(shape, jnp.uint8)],
+    [_images(network.geometry)],
     input_names=['images'],
     output_names=['logits'],
   )

@@ -85,8 +85,9 @@ def _extract(experiment, evaluator, state, workdir):
       experiment.budgets.table.maximum,
     )
     arch = evaluator.propose(state.policy, [budget])[0].arch
-  supernet = sharding.on_one_device(experiment.mesh, state.scored)
-  network = subnet.extract(supernet, arch)
+  # NumPy slices without compiling.
+  supernet = sharding.on_host(experiment.mesh, state.scored)
+  network = jax.device_put(subnet.extract(supernet, arch))
   subnet.save(network, experiment.space.to_json(arch), workdir / 'subnet')
   logging.info('extracted %s', experiment.space.describe(arch))
   return arch, network

@@ -85,10 +85,11 @@ def gathered(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
   )
 
 
-def on_one_device(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
-  """The tree whole on the first device of each process, outside a `jit`."""
-  whole = jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-  return jax.device_put(jax.device_get(whole))
+def on_host(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
+  """The whole tree as NumPy arrays in every process."""
+  return jax.device_get(
+    jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  )
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Tree) -> Tree:

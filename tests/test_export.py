@@ -116,7 +116,7 @@ def test_weights_of_another_geometry_are_refused(job, tmp_path):
     run_on_one_device(other, epath.Path(tmp_path) / 'work', 'train')
   assert str(error.value) == (
     'config.train.initial: wanted pos_embed of shape (1, 5, 12) or wider, '
-    f'found (1, 17, 12) in {job.initial}'
+    'found (1, 17, 12)'
   )
   assert not list(tmp_path.iterdir())
 

@@ -40,7 +40,10 @@ def test_loads_what_was_saved(saved):
 @pytest.mark.parametrize(
   'change, message',
   [
-    ({'embed_dim': 8}, 'wanted stem.kernel of shape (4, 8), found (4, 12)'),
+    (
+      {'embed_dim': 8},
+      'blocks.0.attention.key of shape (8, 2, 4), found (12, 2',
+    ),
     ({'num_heads': [2, 2, 2], 'mlp_ratio': [1.0] * 3}, 'found nothing'),
     ({'num_heads': [2]}, 'found zip() argument 2 is longer'),
     ({'geometry': {}}, 'found Geometry.__init__() missing'),
