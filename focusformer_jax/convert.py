@@ -7,9 +7,9 @@ and `mlp_ratio`. Its files keep a state dict under the key 'model'; that of a
 subnet has the supernet's shapes, of which the subnet reads prefixes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import io
-import pickle
+import itertools
 import re
 from typing import Any, TypeVar
 
@@ -138,13 +138,18 @@ def _layer_names(name: str, param: nnx.Variable) -> list[str]:
   return [name.replace('.', f'.{i}.', 1) for i in range(param.shape[0])]
 
 
-def _below(arrays: StateDict, prefix: str) -> dict[str, np.ndarray]:
-  """The arrays whose names start with `prefix`, by what follows."""
-  return {
-    name.removeprefix(prefix): array
-    for name, array in arrays.items()
-    if name.startswith(prefix)
-  }
+def _layers(arrays: StateDict) -> Iterator[dict[str, np.ndarray]]:
+  """The arrays of each layer, by what follows `blocks.<layer>.` in a name."""
+  for i in itertools.count():
+    prefix = f'blocks.{i}.'
+    layer = {
+      name.removeprefix(prefix): array
+      for name, array in arrays.items()
+      if name.startswith(prefix)
+    }
+    if not layer:
+      return
+    yield layer
 
 
 def to_autoformer(network: Network) -> dict[str, np.ndarray]:
@@ -169,10 +174,8 @@ def to_autoformer(network: Network) -> dict[str, np.ndarray]:
     'head.weight': ours['head.kernel'].T,
     'head.bias': ours['head.bias'],
   }
-  i = 0
-  while layer := _below(ours, f'blocks.{i}.'):
+  for i, layer in enumerate(_layers(ours)):
     theirs |= {f'blocks.{i}.{k}': v for k, v in _layer_to(layer).items()}
-    i += 1
   return theirs
 
 
@@ -207,10 +210,8 @@ def from_autoformer(state_dict: StateDict, network: Network) -> Network:
     'head.kernel': theirs['head.weight'].T,
     'head.bias': theirs['head.bias'],
   }
-  i = 0
-  while layer := _below(theirs, f'blocks.{i}.'):
+  for i, layer in enumerate(_layers(theirs)):
     ours |= {f'blocks.{i}.{k}': v for k, v in _layer_from(layer).items()}
-    i += 1
 
   def array(name, param):
     arrays = [ours[name] for name in _layer_names(name, param)]
@@ -290,11 +291,9 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
 
   try:
     loaded = torch.load(io.BytesIO(path.read_bytes()), 'cpu', weights_only=True)
-  except pickle.UnpicklingError as error:
+  except Exception as error:  # torch raises anything on what it cannot read.
     unsafe = re.search(r'GLOBAL (\S+)', str(error))
     raise refuse(unsafe[1] if unsafe else errors.first_line(error)) from error
-  except Exception as error:  # torch raises anything on what it cannot read.
-    raise refuse(errors.first_line(error)) from error
   if isinstance(loaded, dict) and isinstance(loaded.get('model'), dict):
     loaded = loaded.pop('model') | loaded
   if not isinstance(loaded, dict):

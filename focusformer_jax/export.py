@@ -31,6 +31,7 @@ from focusformer_jax import space as space_lib
 from focusformer_jax import subnet
 
 ARTEFACT = 'model.jax_export'
+CARD = 'README.md'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 # Largest deviation of a logit from those of the network in memory.
 TOLERANCE = 1e-5
@@ -63,6 +64,8 @@ def export(
 ) -> epath.Path:
   """Writes a network's directory, named after data set and cost.
 
+  One of that name is replaced.
+
   Args:
     experiment: gives preprocessing, data set, costs and provenance.
     network: to be exported.
@@ -71,7 +74,7 @@ def export(
     parent: gets the directory.
 
   Returns:
-    The directory, with the files of `USE` and a model card; `model.onnx` only
+    The directory, with the files of `USE` and a model card `README.md`; `model.onnx` only
     where `jax2onnx` is installed.
 
   Raises:
@@ -95,6 +98,8 @@ def export(
         f'found a deviation of {deviation:.2g}; do not use that file'
       )
 
+  for file in (*USE, CARD):  # Nothing of another network may stay.
+    (directory / file).unlink(missing_ok=True)
   subnet.save(network, experiment.space.to_json(arch), directory)
   compare(subnet.WEIGHTS, _classifier(recipe, subnet.load(directory))(images))
 
@@ -120,7 +125,7 @@ def export(
     split: _accuracy(experiment, artefact, split)
     for split in ('heldout', 'test')
   }
-  (directory / 'README.md').write_text(
+  (directory / CARD).write_text(
     _card(experiment, arch, step, accuracy, directory)
   )
   return directory
