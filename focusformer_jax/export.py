@@ -74,7 +74,7 @@ def export(
     parent: gets the directory.
 
   Returns:
-    The directory, with the files of `USE` and a model card `README.md`; `model.onnx` only
+    The directory, with the files of `USE` and a model card; `model.onnx` only
     where `jax2onnx` is installed.
 
   Raises:
