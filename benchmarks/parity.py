@@ -53,12 +53,17 @@ def load(prefix: str, execution: str):
     execution=execution,
     rngs=nnx.Rngs(0),
   )
-  state_dict = {
+  supernet = convert.from_autoformer(state_dict(arrays), supernet)
+  return supernet, archs, arrays
+
+
+def state_dict(arrays):
+  """The case's PyTorch names and what they hold."""
+  return {
     name.removeprefix('param/'): arrays[name]
     for name in arrays.files
     if name.startswith('param/')
   }
-  return convert.from_autoformer(state_dict, supernet), archs, arrays
 
 
 def main(prefixes):

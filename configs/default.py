@@ -154,7 +154,13 @@ def get_config() -> ml_collections.ConfigDict:
   c.sampler.learning_rate = 3e-3
 
   c.train = ml_collections.ConfigDict()
-  # Supernet updates.
+  # Weights to start from, a .pth or .safetensors file in AutoFormer's names;
+  # empty to start afresh.
+  c.train.initial = ''
+  # Whether the supernet learns. Otherwise every step trains the sampler alone,
+  # on weights that stay as they are.
+  c.train.supernet = True
+  # Supernet updates, or sampler updates where it does not learn.
   c.train.steps = 1200
   # Steps between lines of metrics.
   c.train.log_every = 100
@@ -227,6 +233,12 @@ def get_config() -> ml_collections.ConfigDict:
       ema=0.0,
     )
   )
+  c.extract = ml_collections.ConfigDict()
+  # What the extracted network may cost; 0 for the largest budget searched.
+  c.extract.budget = 0.0
+  # A file that describes it, such as an `architecture.json`, instead of the
+  # sampler's answer; empty for none.
+  c.extract.architecture = ''
 
   c.mesh = ml_collections.ConfigDict()
   # Devices that replicate the parameters; -1 for all that are left.

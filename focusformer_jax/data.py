@@ -117,7 +117,7 @@ class Dataset:
 
   Args:
     name: as configured.
-    num_classes: labels are below it.
+    classes: their names, by label.
     channels: 1 or 3.
     encoded: whether images are decoded and cropped batch by batch, as their
       sizes differ from each other or from the wanted one.
@@ -128,13 +128,17 @@ class Dataset:
   """
 
   name: str
-  num_classes: int
+  classes: tuple[str, ...]
   channels: int
   encoded: bool
   open_split: Callable[[str], Source]
   splits: tuple[str, ...]
   heldout: float
   test: str
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.classes)
 
   def split(self, name: str) -> Source:
     """Opens 'train', 'heldout' or 'test'.
@@ -199,7 +203,7 @@ def _open_tfds(settings, crop) -> Dataset:
 
   return Dataset(
     name=settings.name,
-    num_classes=features['label'].num_classes,
+    classes=tuple(features['label'].names),
     channels=channels,
     encoded=encoded,
     open_split=open_split,
@@ -265,7 +269,7 @@ def _open_folder(settings, crop) -> Dataset:
 
   return Dataset(
     name=settings.name,
-    num_classes=len(classes),
+    classes=tuple(classes),
     channels=3,
     encoded=True,
     open_split=open_split,

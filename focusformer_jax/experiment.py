@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 from etils import epath
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from focusformer_jax import augment
+from focusformer_jax import convert
 from focusformer_jax import cost
 from focusformer_jax import curriculum
 from focusformer_jax import data
@@ -96,6 +98,23 @@ class Experiment:
       return tuple(int(b) for b in sorted(configured))
     low = min(1.2 * table.minimum, table.maximum)
     return tuple(int(b) for b in np.geomspace(low, table.maximum, 6).round())
+
+  @functools.cached_property
+  def extract_architecture(self) -> space_lib.Architecture | None:
+    """What `config.extract.architecture` describes; None if it is empty."""
+    if not self.settings.extract.architecture:
+      return None
+    path = epath.Path(self.settings.extract.architecture)
+    try:
+      values = json.loads(path.read_text())
+      if isinstance(values, dict):  # Files of networks say more than that.
+        names = space_lib.Architecture._fields
+        values = {name: values[name] for name in names if name in values}
+      return self.space.from_json(values)
+    except (OSError, ValueError) as error:
+      raise errors.UserError(
+        f'config.extract.architecture: {path}: {errors.first_line(error)}'
+      ) from error
 
   @functools.cached_property
   def execution(self) -> str:
@@ -185,9 +204,26 @@ class Experiment:
     }
 
   def init_state(self) -> state_lib.TrainState:
-    """A new state, born with the shardings that the mesh asks for."""
+    """A new state, born with the shardings that the mesh asks for.
+
+    Raises:
+      UserError: `config.train.initial` cannot be read or does not fit.
+    """
     placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-    return jax.jit(self._init, out_shardings=placed)()
+    state = jax.jit(self._init, out_shardings=placed)()
+    initial = self.settings.train.initial
+    if not initial:
+      return state
+    try:
+      weights = convert.read(epath.Path(initial))
+      net = convert.from_autoformer(weights, state.supernet)
+    except (errors.UserError, ValueError) as error:
+      raise errors.UserError(f'config.train.initial: {error}') from error
+    net = jax.device_put(net, placed.supernet)
+    averaged = state.average is not None
+    return state.replace(
+      supernet=net, average=jax.tree.map(jnp.copy, net) if averaged else None
+    )
 
   def facts(self) -> dict[str, Any]:
     """What a checkpoint must agree with, by config key."""
@@ -211,8 +247,8 @@ def create(settings: settings_lib.Settings, devices=None) -> Experiment:
   """Opens the data set and checks that all settings fit together.
 
   Raises:
-    UserError: from the data set, the mesh, or a search budget that no subnet
-      of the space can meet.
+    UserError: from the data set, the mesh, a budget that no subnet of the
+      space can meet, or the architecture to extract.
   """
   mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices)
   shards, subnets = mesh.size, settings.curriculum.subnets
@@ -234,11 +270,15 @@ def create(settings: settings_lib.Settings, devices=None) -> Experiment:
   dataset = data.open_dataset(settings.data, settings.augment.resized_crop)
   experiment = Experiment(settings, dataset, mesh)
   table = experiment.budgets.table
-  for budget in settings.search.budgets:
+  wanted = [('search.budgets', b) for b in settings.search.budgets]
+  if settings.extract.budget:
+    wanted.append(('extract.budget', settings.extract.budget))
+  for key, budget in wanted:
     if budget < table.minimum:
       raise errors.UserError(
-        f'config.search.budgets: wanted at least {table.minimum:,} '
-        f'{table.label}, the smallest subnet (the largest has '
-        f'{table.maximum:,}), found {budget:,.10g}'
+        f'config.{key}: wanted at least {table.minimum:,} {table.label}, the '
+        f'smallest subnet (the largest has {table.maximum:,}), found '
+        f'{budget:,.10g}'
       )
+  _ = experiment.extract_architecture  # Says what is wrong with it.
   return experiment

@@ -10,15 +10,26 @@ import jax
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import export
 from focusformer_jax import profile
 from focusformer_jax import report
 from focusformer_jax import retrain
 from focusformer_jax import search
 from focusformer_jax import settings as settings_lib
+from focusformer_jax import sharding
 from focusformer_jax import subnet
 from focusformer_jax import train
 
-MODES = ('run', 'train', 'search', 'extract', 'report', 'profile', 'retrain')
+MODES = (
+  'run',
+  'train',
+  'search',
+  'extract',
+  'report',
+  'export',
+  'profile',
+  'retrain',
+)
 
 
 def run(
@@ -31,7 +42,7 @@ def run(
     workdir: gets `config.json`, `environment.json`, `checkpoints/`,
       `metrics/`, `search/`, `results.json`, `subnet/`, and from the report
       `report.html`, `report/`, `table.txt` and `pareto.png`; from the modes
-      that are asked for alone `profile/` and `retrain/`.
+      that are asked for alone `export/`, `profile/` and `retrain/`.
     mode: one of MODES.
 
   Raises:
@@ -60,8 +71,11 @@ def run(
     mode == 'run' and not _is_of(results, state, settings.search)
   ):
     search.search(experiment, evaluator, state, workdir)
-  if mode in ('run', 'extract'):
-    _extract(experiment, state, workdir)
+  if mode in ('run', 'extract', 'export'):
+    arch, network = _extract(experiment, evaluator, state, workdir)
+  if mode == 'export' and jax.process_index() == 0:
+    step, parent = int(state.step), workdir / 'export'
+    print(export.export(experiment, network, arch, step, parent))
   if mode in ('run', 'search'):
     _report(workdir)
 
@@ -88,17 +102,22 @@ def _is_of(results: epath.Path, state, options: settings_lib.Search) -> bool:
   )
 
 
-def _extract(experiment, state, workdir):
-  """Cuts the first method's answer to the largest budget out."""
-  rows = json.loads((workdir / 'results.json').read_text())['budgets']
-  row = max(rows, key=lambda row: row['budget'])
-  arch = experiment.space.from_json(row['architecture'])
-  subnet.save(
-    subnet.extract(state.scored, arch),
-    row['architecture'],
-    workdir / 'subnet',
-  )
+def _extract(experiment, evaluator, state, workdir):
+  """Cuts the configured architecture, or the sampler's, out of the supernet."""
+  arch = experiment.extract_architecture
+  if arch is None:
+    budget = experiment.settings.extract.budget
+    budget = min(
+      int(budget) or experiment.search_budgets[-1],
+      experiment.budgets.table.maximum,
+    )
+    arch = evaluator.propose(state.policy, [budget])[0].arch
+  # NumPy slices without compiling.
+  supernet = sharding.on_host(experiment.mesh, state.scored)
+  network = jax.device_put(subnet.extract(supernet, arch))
+  subnet.save(network, experiment.space.to_json(arch), workdir / 'subnet')
   logging.info('extracted %s', experiment.space.describe(arch))
+  return arch, network
 
 
 def _report(workdir: epath.Path):

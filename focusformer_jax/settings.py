@@ -107,6 +107,8 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
+  initial: str
+  supernet: bool
   steps: int = _number(at_least=1)
   log_every: int = _number(at_least=1)
   eval_every: int = _number(at_least=1)
@@ -160,6 +162,12 @@ class Retrain:
 
 
 @dataclasses.dataclass(frozen=True)
+class Extract:
+  budget: float = _number(at_least=0)
+  architecture: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Mesh:
   data: int = _number(at_least=-1)
   fsdp: int = _number(at_least=1)
@@ -182,6 +190,7 @@ class Settings:
   search: Search
   profile: Profile
   retrain: Retrain
+  extract: Extract
   mesh: Mesh
 
 

@@ -85,6 +85,13 @@ def gathered(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
   )
 
 
+def on_host(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
+  """The whole tree as NumPy arrays in every process."""
+  return jax.device_get(
+    jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  )
+
+
 def put_batch(mesh: jax.sharding.Mesh, batch: Tree) -> Tree:
   """Arrays over the whole mesh from this process's part of a batch."""
   sharding = NamedSharding(mesh, BATCH)

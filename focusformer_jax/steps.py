@@ -204,6 +204,16 @@ def sampler_step(
   }
 
 
+def frozen_step(
+  experiment: experiment_lib.Experiment,
+  state: state_lib.TrainState,
+  batch: dict[str, Array],
+) -> tuple[state_lib.TrainState, Metrics]:
+  """A training step of the sampler alone: the supernet stays as it is."""
+  state, metrics = sampler_step(experiment, state, batch)
+  return state.replace(step=state.step + 1), metrics
+
+
 class Scores(NamedTuple):
   """Sums over the examples of a batch, for each of A subnets."""
 

@@ -52,6 +52,8 @@ LIBRARIES = (
 # few enough that progress says what is done and not what is asked for.
 STEPS_AHEAD = 2
 
+SKIPPED = 'train/skipped_in_a_row'
+
 
 class Preempted(Exception):
   """SIGTERM came; everything is saved."""
@@ -86,8 +88,8 @@ def train(
   """Trains to the last step, resuming from the newest checkpoint if there is.
 
   Raises:
-    UserError: the checkpoint is of another run, or too many updates in a row
-      were not finite.
+    UserError: the checkpoint is of another run, the weights to start from do
+      not fit or are missing, or too many updates in a row were not finite.
     Preempted: SIGTERM came; a checkpoint is written.
   """
   settings = experiment.settings
@@ -115,6 +117,11 @@ def train(
   # State: the newest checkpoint if there is one, else born sharded.
   with open_checkpoints(experiment, workdir) as checkpoints:
     if checkpoints.latest_step is None:
+      if not (settings.train.supernet or settings.train.initial):
+        raise errors.UserError(
+          'config.train.initial: wanted weights for a supernet that does not '
+          'learn (config.train.supernet=False), found none'
+        )
       state = experiment.init_state()
       _log_overview(experiment, state)
     else:
@@ -122,14 +129,20 @@ def train(
       logging.info('resuming %s at step %d', workdir, int(state.step))
     describe_run(experiment, workdir)
 
-    # Two programs own the state; the evaluator's only look at it.
+    # Two programs own the state; the evaluator's only look at it. Where the
+    # supernet does not learn, every step is the sampler's and one program does.
     total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
     heldout_batch = experiment.abstract_batch(settings.sampler.batch_size)
-    batch = experiment.abstract_batch(settings.data.batch_size)
     scores = curriculum.wants_scores(settings)
-    if scores:
-      batch['heldout'] = heldout_batch
-    supernet_step = compile_step(experiment, steps.supernet_step, state, batch)
+    if settings.train.supernet:
+      source, step_of = 'train', steps.supernet_step
+      batch = experiment.abstract_batch(settings.data.batch_size)
+      if scores:
+        batch['heldout'] = heldout_batch
+    else:
+      source, step_of, scores = 'heldout', steps.frozen_step, False
+      batch, warmup = heldout_batch, total
+    train_step = compile_step(experiment, step_of, state, batch)
     if warmup < total:
       sampler_step = compile_step(
         experiment, steps.sampler_step, state, heldout_batch
@@ -139,10 +152,10 @@ def train(
       return sharding.put_batch(experiment.mesh, next(iterators[name]))
 
     def update(step, state):
-      batch = next_batch('train')
+      batch = next_batch(source)
       if scores:
         batch['heldout'] = next_batch('heldout')
-      state, metrics = supernet_step(state, batch)
+      state, metrics = train_step(state, batch)
       if step > warmup and step % settings.sampler.every == 0:
         state, sampled = sampler_step(state, next_batch('heldout'))
         metrics |= sampled
@@ -302,11 +315,11 @@ def _means(pending: list[steps.Metrics]) -> dict[str, float]:
   return {
     name: float(np.mean([v[name] for v in values if name in v]))
     for name in sorted(set().union(*values))
-  } | {'train/skipped_in_a_row': float(values[-1]['train/skipped_in_a_row'])}
+  } | {k: float(values[-1][k]) for k in values[-1] if k == SKIPPED}
 
 
 def _stop_if_broken(means, step, limit, checkpoints, optimizer):
-  skipped = int(means['train/skipped_in_a_row'])
+  skipped = int(means.get(SKIPPED, 0))  # No supernet update, none skipped.
   if skipped >= limit:
     raise errors.UserError(
       f'step {step}: the last {skipped} updates were not finite and were '

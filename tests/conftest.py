@@ -52,9 +52,11 @@ GEOMETRY = space_lib.Geometry(
 )
 
 
-def make_supernet(space=TINY, **options) -> supernet_lib.Supernet:
+def make_supernet(
+  space=TINY, geometry=GEOMETRY, **options
+) -> supernet_lib.Supernet:
   """A supernet whose every parameter, biases too, is far from its start."""
-  net = supernet_lib.Supernet(space, GEOMETRY, rngs=nnx.Rngs(0), **options)
+  net = supernet_lib.Supernet(space, geometry, rngs=nnx.Rngs(0), **options)
   keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(net)))
   leaves, treedef = jax.tree.flatten(net)
   noisy = [

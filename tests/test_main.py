@@ -55,6 +55,7 @@ def parse(**changes) -> settings_lib.Settings:
     ('search__mutants', 0.6, 'config.search.children: wanted at most 0.4'),
     ('supernet__dtype', 'int8', 'config.supernet.dtype: wanted one of'),
     ('augment__std', (0.0,), 'config.augment.std: wanted'),
+    ('extract__budget', -1.0, 'config.extract.budget: wanted at least 0'),
   ],
 )
 def test_a_wrong_value_is_named(key, value, message):
@@ -86,6 +87,14 @@ def test_every_config_is_valid_and_names_its_variants(module, variants):
     (
       {'search__budgets': (1,)},
       'config.search.budgets: wanted at least 56,7',
+    ),
+    (
+      {'extract__budget': 1.0},
+      'config.extract.budget: wanted at least 56,7',
+    ),
+    (
+      {'extract__architecture': '/nothing/here.json'},
+      'config.extract.architecture: /nothing/here.json: ',
     ),
     ({'mesh__data': 3}, 'config.mesh: wanted data'),
     ({'data__batch_size': 36}, 'config.data.batch_size: wanted a multiple'),

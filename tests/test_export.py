@@ -1,0 +1,290 @@
+"""From published weights to a directory that needs jax and pillow alone.
+
+One tiny supernet in AutoFormer's names, whose sampler is trained for a few
+steps, searched and exported once for all tests of this file.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+import cv2
+from etils import epath
+import jax
+from jax import export as jax_export
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import default
+from configs import digits
+from focusformer_jax import augment
+from focusformer_jax import convert
+from focusformer_jax import decode
+from focusformer_jax import errors
+from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import export
+from focusformer_jax import predict
+from focusformer_jax import run
+from focusformer_jax import settings as settings_lib
+from focusformer_jax import subnet
+from focusformer_jax import train
+from tests.conftest import GEOMETRY, TINY, make_supernet
+
+
+class Job(NamedTuple):
+  """A run that is done: what it was, and what it left."""
+
+  settings: settings_lib.Settings
+  workdir: epath.Path
+  initial: epath.Path
+  directory: epath.Path
+  images: np.ndarray
+  logits: np.ndarray
+
+
+def run_on_one_device(settings, workdir, mode):
+  """The command takes all devices, and programs for eight compile slowly."""
+  with pytest.MonkeyPatch.context() as patch:
+    devices = jax.devices()[:1]
+    patch.setattr(jax, 'devices', lambda: devices)
+    run.run(settings, workdir, mode)
+
+
+@pytest.fixture(scope='session')
+def job(tmp_path_factory) -> Job:
+  root = epath.Path(tmp_path_factory.mktemp('export'))
+  net = make_supernet(geometry=dataclasses.replace(GEOMETRY, num_classes=10))
+  initial = root / 'supernet.safetensors'
+  convert.write(net, initial)
+
+  config = digits.get_config('smoke')
+  with config.unlocked():
+    config.data.dir = str(root / 'data')
+    config.space = default.section(TINY)
+    config.supernet.max_relative_position = GEOMETRY.max_relative_position
+    config.optimizer.ema = 0.9
+    config.train.initial = str(initial)
+    config.train.supernet = False
+    config.train.steps = 3
+  settings = settings_lib.parse(config)
+  workdir = root / 'work'
+  run_on_one_device(settings, workdir, 'run')
+  run_on_one_device(settings, workdir, 'export')
+  [directory] = (workdir / 'export').glob('*')
+
+  # What every file has to agree with: the supernet itself, masked.
+  experiment = experiment_lib.create(settings, jax.devices()[:1])
+  test = experiment.dataset.split('test')
+  images = test.batch(np.arange(len(test)))['image']
+  arch = TINY.from_json(results(workdir)[-1]['architecture'])
+  logits = jax.jit(type(net).__call__)(
+    net, augment.normalise(experiment.recipe, images), arch
+  )
+  return Job(settings, workdir, initial, directory, images, np.asarray(logits))
+
+
+def results(workdir) -> list[dict]:
+  """What search says of the sampler's architectures, budgets ascending."""
+  return json.loads((workdir / 'results.json').read_text())['budgets']
+
+
+def test_a_frozen_supernet_stays_and_its_sampler_learns(job):
+  experiment = experiment_lib.create(job.settings, jax.devices()[:1])
+  with train.open_checkpoints(experiment, job.workdir) as checkpoints:
+    state = checkpoints.restore(experiment.abstract_state)
+  assert int(state.step) == 3
+  start = experiment.init_state()
+  wanted = convert.from_autoformer(convert.read(job.initial), start.supernet)
+  for net in (state.supernet, state.average, start.supernet):
+    for a, b in zip(jax.tree.leaves(net), jax.tree.leaves(wanted), strict=True):
+      np.testing.assert_array_equal(a, b)
+  learnt, new = state.policy.out.kernel[...], start.policy.out.kernel[...]
+  assert np.abs(learnt - new).max() > 0
+
+
+def test_weights_of_another_geometry_are_refused(job, tmp_path):
+  data = dataclasses.replace(job.settings.supernet, patch_size=4)
+  other = dataclasses.replace(job.settings, supernet=data)
+  with pytest.raises(errors.UserError) as error:
+    run_on_one_device(other, epath.Path(tmp_path) / 'work', 'train')
+  assert str(error.value) == (
+    'config.train.initial: wanted pos_embed of shape (1, 5, 12) or wider, '
+    'found (1, 17, 12)'
+  )
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_frozen_supernet_needs_weights(job, tmp_path):
+  nothing = dataclasses.replace(job.settings.train, initial='')
+  other = dataclasses.replace(job.settings, train=nothing)
+  with pytest.raises(errors.UserError, match=r'config\.train\.initial: wanted'):
+    run_on_one_device(other, epath.Path(tmp_path) / 'work', 'train')
+  assert not list(tmp_path.iterdir())
+
+
+def test_extracts_within_a_budget_or_what_a_file_says(job, tmp_path):
+  row = results(job.workdir)[0]
+  path = tmp_path / 'architecture.json'
+  shutil.copy(job.directory / 'architecture.json', path)
+  largest = json.loads(path.read_text())
+  shutil.copytree(job.workdir / 'checkpoints', tmp_path / 'checkpoints')
+  for extract, wanted in (
+    (settings_lib.Extract(row['budget'] + 0.5, ''), row['architecture']),
+    # A file goes first.
+    (settings_lib.Extract(row['budget'], str(path)), largest),
+  ):
+    settings = dataclasses.replace(job.settings, extract=extract)
+    run_on_one_device(settings, epath.Path(tmp_path), 'extract')
+    network, _ = subnet.load(epath.Path(tmp_path) / 'subnet')
+    found = json.loads((tmp_path / 'subnet/architecture.json').read_text())
+    assert found == found | wanted
+    assert network.blocks[0].mlp.up.shape[0] == wanted['embed_dim']
+
+
+def test_the_directory_says_what_it_is(job):
+  row = results(job.workdir)[-1]
+  assert job.directory.name == (
+    f'sklearn_digits-{row["macs"] / 1000:.4g}k-macs'
+  )
+  card = (job.directory / 'README.md').read_text()
+  count = len(job.images)
+  right = round(row['test_accuracy'] * count)
+  assert f'| test accuracy | {right / count:.2%} ({right} of {count}) |' in card
+  assert f'| MACs | {row["macs"]:,} |' in card
+  assert '| checkpoint | step 3 of 3 |' in card
+  for path in job.directory.glob('*'):
+    assert path.name == 'README.md' or f'`{path.name}`' in card
+  assert json.loads((job.directory / 'preprocessing.json').read_text())[
+    'classes'
+  ] == [str(digit) for digit in range(10)]
+
+
+def test_the_artefact_takes_any_number_of_images_on_any_platform(job):
+  exported = jax_export.deserialize(
+    (job.directory / 'model.jax_export').read_bytes()
+  )
+  assert exported.platforms == ('cpu', 'cuda', 'tpu')
+  for count in (1, 5):
+    np.testing.assert_allclose(
+      exported.call(job.images[:count]), job.logits[:count], atol=1e-5
+    )
+
+
+def test_onnx(job):
+  onnxruntime = pytest.importorskip('onnxruntime')
+  session = onnxruntime.InferenceSession(
+    (job.directory / 'model.onnx').read_bytes()
+  )
+  for count in (1, 5):
+    [logits] = session.run(['logits'], {'images': job.images[:count]})
+    np.testing.assert_allclose(logits, job.logits[:count], atol=1e-4)
+
+
+def only_jax_and_pillow(folder: pathlib.Path) -> None:
+  """Links to those two packages, and to what jax itself requires."""
+  for name in (
+    'jax',
+    'jaxlib',
+    'ml_dtypes',
+    'numpy',
+    'opt_einsum',
+    'scipy',
+    'PIL',
+  ):
+    package = pathlib.Path(importlib.util.find_spec(name).origin).parent
+    for path in (package, *package.parent.glob(f'{package.name}.libs')):
+      (folder / path.name).symlink_to(path)
+  for path in package.parent.glob('pillow.libs'):
+    (folder / path.name).symlink_to(path)
+
+
+def test_predicts_in_an_environment_of_jax_and_pillow(job, tmp_path):
+  site, there = tmp_path / 'site', tmp_path / 'there'
+  site.mkdir()
+  only_jax_and_pillow(site)
+  shutil.copytree(job.directory, there)
+  for i, image in enumerate(job.images):
+    Image.fromarray(image[:, :, 0]).save(tmp_path / f'{i:03}.png')
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-S',  # Without this environment's packages.
+      '-c',
+      'import sys, numpy, predict\n'
+      'predict.main(sys.argv[1:])\n'
+      'numpy.save("logits.npy", predict.logits(sys.argv[1:]))',
+      *map(str, sorted(tmp_path.glob('*.png'))),
+    ],
+    cwd=there,
+    env={'PYTHONPATH': str(site), 'PATH': os.environ['PATH']},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  logits = np.load(there / 'logits.npy')
+  np.testing.assert_allclose(logits, job.logits, atol=1e-5)
+
+  probabilities = np.asarray(jax.nn.softmax(job.logits))
+  lines = [line.split('\t') for line in done.stdout.splitlines()]
+  for (name, probability), row in zip(lines, probabilities, strict=True):
+    assert name == str(row.argmax())
+    assert float(probability) == pytest.approx(row.max(), abs=1e-4)
+
+  # To the last example, the accuracy that search printed.
+  source = experiment_lib.create(job.settings).dataset.split('test')
+  labels = source.batch(np.arange(len(source)))['label']
+  right = sum(
+    name == str(label) for (name, _), label in zip(lines, labels, strict=True)
+  )
+  wanted = results(job.workdir)[-1]['test_accuracy'] * len(labels)
+  assert right == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize(
+  'height, width', [(300, 217), (100, 60), (64, 64), (20, 33)]
+)
+def test_predict_reads_images_as_training_does(
+  height, width, channels, tmp_path
+):
+  shape = (height, width, channels)
+  pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  path = tmp_path / 'image.png'
+  assert cv2.imwrite(str(path), pixels)
+  how = {
+    'image_size': 32,
+    'channels': channels,
+    'centre_crop': decode.CENTRE_SHARE,
+  }
+  found = predict.read(path, how).astype(int)
+  wanted = decode.decode(path.read_bytes(), 32, channels).astype(int)
+  # OpenCV counts in fixed point.
+  assert np.abs(found - wanted).max() <= 1
+
+
+def test_a_file_that_gives_other_logits_is_refused(job, monkeypatch, tmp_path):
+  save = subnet.save
+
+  def broken(network, *rest):
+    save(jax.tree.map(lambda leaf: leaf * 1.01, network), *rest)
+
+  monkeypatch.setattr(subnet, 'save', broken)
+  arch = TINY.from_json(results(job.workdir)[-1]['architecture'])
+  network, _ = subnet.load(job.directory)
+  experiment = experiment_lib.create(job.settings, jax.devices()[:1])
+  with pytest.raises(errors.UserError) as error:
+    export.export(experiment, network, arch, 3, epath.Path(tmp_path))
+  assert 'model.safetensors: wanted the logits of the' in str(error.value)
+
+
+def test_short_counts():
+  shorts = [export._short(n) for n in (7, 999, 1416, 999_950, 1_416_299_008)]
+  assert shorts == ['7', '999', '1.416k', '1000k', '1.416G']
