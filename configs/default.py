@@ -234,7 +234,8 @@ def get_config() -> ml_collections.ConfigDict:
     )
   )
   c.extract = ml_collections.ConfigDict()
-  # What the extracted network may cost; 0 for the largest budget searched.
+  # What the extracted network may cost, as the sampler answers; 0 for what the
+  # search found for its largest budget.
   c.extract.budget = 0.0
   # A file that describes it, such as an `architecture.json`, instead of the
   # sampler's answer; empty for none.

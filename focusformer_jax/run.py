@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -66,9 +67,8 @@ def run(
     return
 
   state = _restore(experiment, workdir)
-  results = workdir / 'results.json'
   if mode == 'search' or (
-    mode == 'run' and not _is_of(results, state, settings.search)
+    mode == 'run' and not _is_of(_searched(workdir, state), settings.search)
   ):
     search.search(experiment, evaluator, state, workdir)
   if mode in ('run', 'extract', 'export'):
@@ -90,27 +90,37 @@ def _restore(experiment, workdir):
     return checkpoints.restore(experiment.abstract_state)
 
 
-def _is_of(results: epath.Path, state, options: settings_lib.Search) -> bool:
-  """Whether results are there of this state and these search settings."""
-  if not results.exists():
-    return False
-  found = json.loads(results.read_text())
+def _searched(workdir: epath.Path, state) -> dict[str, Any] | None:
+  """The results of a search of this state, if there are any."""
+  path = workdir / 'results.json'
+  if not path.exists():
+    return None
+  results = json.loads(path.read_text())
+  return results if results['checkpoint_step'] == int(state.step) else None
+
+
+def _is_of(results: dict[str, Any] | None, options: settings_lib.Search):
+  """Whether results are there, and of these search settings."""
   wanted = json.loads(json.dumps(dataclasses.asdict(options)))
-  return (found['checkpoint_step'], found.get('search')) == (
-    int(state.step),
-    wanted,
-  )
+  return results is not None and results.get('search') == wanted
 
 
 def _extract(experiment, evaluator, state, workdir):
-  """Cuts the configured architecture, or the sampler's, out of the supernet."""
+  """Cuts the configured network out of the supernet, with its weights.
+
+  That is an architecture of a file, the sampler's answer to a budget, or the
+  largest one that the search's first method found; before a search, the
+  sampler's answer to its largest budget.
+  """
   arch = experiment.extract_architecture
-  if arch is None:
-    budget = experiment.settings.extract.budget
-    budget = min(
-      int(budget) or experiment.search_budgets[-1],
-      experiment.budgets.table.maximum,
-    )
+  budget = int(experiment.settings.extract.budget)
+  results = _searched(workdir, state)
+  if arch is None and not budget and results:
+    row = max(results['budgets'], key=lambda row: row['budget'])
+    arch = experiment.space.from_json(row['architecture'])
+  elif arch is None:
+    most = experiment.budgets.table.maximum
+    budget = min(budget or experiment.search_budgets[-1], most)
     arch = evaluator.propose(state.policy, [budget])[0].arch
   # NumPy slices without compiling.
   supernet = sharding.on_host(experiment.mesh, state.scored)
