@@ -115,6 +115,29 @@ def _block(state, name: str, head_dim: int) -> dict[str, np.ndarray]:
   return arrays
 
 
+def _arrays(state, space: space_lib.SearchSpace) -> dict[str, np.ndarray]:
+  """The whole supernet in our names, in the state dict's own sizes."""
+  patches = np.asarray(state['patch_embed_super.proj.weight'])
+  head, head_bias = _linear(state, 'head')
+  arrays = {
+    'stem/kernel': patches.transpose(2, 3, 1, 0).reshape(-1, len(patches)),
+    'stem/bias': state['patch_embed_super.proj.bias'],
+    'stem/class_token': np.asarray(state['cls_token'])[0, 0],
+    'stem/position': np.asarray(state['pos_embed'])[0],
+    'head/kernel': head,
+    'head/bias': head_bias,
+  }
+  arrays |= {f'head/norm/{k}': v for k, v in _norm(state, 'norm').items()}
+  blocks = [
+    _block(state, f'blocks.{i}', space.head_dim)
+    for i in range(space.num_layers)
+  ]
+  return arrays | {
+    f'blocks/{name}': np.stack([block[name] for block in blocks])
+    for name in blocks[0]
+  }
+
+
 def from_autoformer(
   state_dict: Mapping[str, np.ndarray], supernet: supernet_lib.Supernet
 ) -> supernet_lib.Supernet:
@@ -131,27 +154,12 @@ def from_autoformer(
   Raises:
     ValueError: an array is missing or smaller than the space needs.
   """
-  state = _Renamed(state_dict)
-  space = supernet.space
-  patches = np.asarray(state['patch_embed_super.proj.weight'])
-  head, head_bias = _linear(state, 'head')
-  arrays = {
-    'stem/kernel': patches.transpose(2, 3, 1, 0).reshape(-1, len(patches)),
-    'stem/bias': state['patch_embed_super.proj.bias'],
-    'stem/class_token': np.asarray(state['cls_token'])[0, 0],
-    'stem/position': np.asarray(state['pos_embed'])[0],
-    'head/kernel': head,
-    'head/bias': head_bias,
-  }
-  arrays |= {f'head/norm/{k}': v for k, v in _norm(state, 'norm').items()}
-  blocks = [
-    _block(state, f'blocks.{i}', space.head_dim)
-    for i in range(space.num_layers)
-  ]
-  arrays |= {
-    f'blocks/{name}': np.stack([block[name] for block in blocks])
-    for name in blocks[0]
-  }
+  try:
+    arrays = _arrays(_Renamed(state_dict), supernet.space)
+  except (IndexError, TypeError) as error:
+    raise ValueError(
+      f"state dict: wanted arrays of AutoFormer's shapes, found {error}"
+    ) from error
 
   def fill(path, param: nnx.Variable):
     name = jax.tree_util.keystr(path, simple=True, separator='/')

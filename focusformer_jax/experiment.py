@@ -59,16 +59,24 @@ class Experiment:
   @functools.cached_property
   def tables(self) -> dict[str, cost.CostTable]:
     """Every cost that tables and reports show, by name."""
-    return {
-      'macs': cost.macs(self.space, self.geometry),
-      'params': cost.params(self.space, self.geometry),
-    }
+    try:
+      return {
+        'macs': cost.macs(self.space, self.geometry),
+        'params': cost.params(self.space, self.geometry),
+      }
+    except ValueError as error:
+      raise errors.UserError(
+        f'config.space: wanted costs that can be counted, found {error}'
+      ) from error
 
   @functools.cached_property
   def budgets(self) -> policy_lib.Budgets:
     """The cost that budgets bound."""
     sampler = self.settings.sampler
-    return policy_lib.Budgets(self.tables[sampler.cost], sampler.bins)
+    try:
+      return policy_lib.Budgets(self.tables[sampler.cost], sampler.bins)
+    except ValueError as error:
+      raise errors.UserError(f'config.sampler.{error}') from error
 
   @property
   def search_budgets(self) -> tuple[int, ...]:
@@ -177,6 +185,8 @@ class Experiment:
     """What a checkpoint must agree with, by config key."""
     supernet, sampler = self.settings.supernet, self.settings.sampler
     return {
+      'seed': self.settings.seed,
+      'data': self.dataset.contents,
       'data.name': self.settings.data.name,
       'data.image_size': self.settings.data.image_size,
       'data.heldout': self.settings.data.heldout,

@@ -1,7 +1,6 @@
 """A table and a Pareto plot of what a search found, from what is on disk."""
 
 import io
-import json
 from typing import Any
 
 from etils import epath
@@ -9,6 +8,8 @@ import matplotlib
 
 matplotlib.use('agg')
 from matplotlib import pyplot as plt
+
+from focusformer_jax import files
 
 COLUMNS = (
   ('method', '{}'),
@@ -94,8 +95,8 @@ def pareto_plot(results: dict[str, Any]) -> bytes:
 
 def report(workdir: epath.Path) -> str:
   """Draws `pareto.png`, writes `table.txt` and returns the table."""
-  results = json.loads((workdir / 'results.json').read_text())
+  results = files.read_json(workdir / 'results.json')
   text = table(results)
-  (workdir / 'table.txt').write_text(text + '\n')
-  (workdir / 'pareto.png').write_bytes(pareto_plot(results))
+  files.write(workdir / 'table.txt', text + '\n')
+  files.write(workdir / 'pareto.png', pareto_plot(results))
   return text

@@ -1,17 +1,19 @@
 """The whole job: train, search, extract, report, each from what is on disk."""
 
-import json
-
 from absl import logging
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import files
 from focusformer_jax import report
 from focusformer_jax import search
 from focusformer_jax import settings as settings_lib
+from focusformer_jax import sharding
 from focusformer_jax import subnet
 from focusformer_jax import train
 
@@ -47,6 +49,8 @@ def run(
   results = workdir / 'results.json'
   if mode == 'search' or (mode == 'run' and not _is_of(results, state)):
     search.search(experiment, evaluator, state, workdir)
+    # Process 0 writes what the others read.
+    multihost_utils.sync_global_devices('searched')
   if mode in ('run', 'extract'):
     _extract(experiment, state, workdir)
   if mode in ('run', 'search'):
@@ -64,19 +68,20 @@ def _restore(experiment, workdir):
 
 
 def _is_of(results: epath.Path, state) -> bool:
-  """Whether results were written for this state."""
-  if not results.exists():
-    return False
-  return json.loads(results.read_text())['checkpoint_step'] == int(state.step)
+  """Whether results were written for this state, as process 0 sees it."""
+  found = results.exists() and files.read_json(results)[
+    'checkpoint_step'
+  ] == int(state.step)
+  return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
 
 
 def _extract(experiment, state, workdir):
   """Cuts the sampler's choice at the largest budget out of the supernet."""
-  rows = json.loads((workdir / 'results.json').read_text())['budgets']
+  rows = files.read_json(workdir / 'results.json')['budgets']
   row = max(rows, key=lambda row: row['budget'])
   arch = experiment.space.from_json(row['architecture'])
   subnet.save(
-    subnet.extract(state.scored, arch),
+    subnet.extract(sharding.whole(experiment.mesh, state.scored), arch),
     row['architecture'],
     experiment.geometry,
     workdir / 'subnet',

@@ -12,6 +12,7 @@ import numpy as np
 
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import files
 from focusformer_jax import policy as policy_lib
 from focusformer_jax import space as space_lib
 from focusformer_jax import state as state_lib
@@ -148,7 +149,8 @@ def _write(experiment, state, found, timing, workdir):
     'budgets': [row for row in rows if row['method'] == 'sampler'],
     'rivals': [row for row in rows if row['method'] != 'sampler'],
   }
-  folder = workdir / 'search'
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'timing.json').write_text(json.dumps(timing, indent=2) + '\n')
-  (workdir / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+  for path, value in (
+    (workdir / 'search' / 'timing.json', timing),
+    (workdir / 'results.json', results),
+  ):
+    files.write(path, json.dumps(value, indent=2) + '\n')

@@ -6,6 +6,7 @@ What each key is for stands beside its value in `configs/default.py`.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -121,6 +122,11 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Debug:
+  nans: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
   """One run, checked."""
 
@@ -136,6 +142,7 @@ class Settings:
   train: Train
   search: Search
   mesh: Mesh
+  debug: Debug
 
 
 def parse(config: ml_collections.ConfigDict) -> Settings:
@@ -211,6 +218,8 @@ def _check(key: str, wanted: Any, metadata, value: Any) -> Any:
     isinstance(value, bool) and wanted is not bool
   ):
     raise errors.UserError(f'{key}: wanted {name}, found {value!r}')
+  if isinstance(value, float) and not math.isfinite(value):
+    raise errors.UserError(f'{key}: wanted a finite number, found {value}')
   for bound, holds, words in (
     ('at_least', lambda v, b: v >= b, 'at least'),
     ('at_most', lambda v, b: v <= b, 'at most'),

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 import numpy as np
 import safetensors.numpy
 
+from focusformer_jax import files
 from focusformer_jax import layers
 from focusformer_jax import space as space_lib
 from focusformer_jax import supernet as supernet_lib
@@ -83,9 +84,8 @@ def save(
     )
     for path, leaf in leaves
   }
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / 'model.safetensors').write_bytes(safetensors.numpy.save(arrays))
+  files.write(directory / 'model.safetensors', safetensors.numpy.save(arrays))
   description = architecture | {'geometry': dataclasses.asdict(geometry)}
-  (directory / 'architecture.json').write_text(
-    json.dumps(description, indent=2) + '\n'
+  files.write(
+    directory / 'architecture.json', json.dumps(description, indent=2) + '\n'
   )

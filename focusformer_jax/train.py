@@ -1,8 +1,9 @@
 """Training of supernet and sampler: the loop, in paragraphs."""
 
+import collections
+import contextlib
 import functools
 import signal
-import threading
 import time
 
 from absl import logging
@@ -11,6 +12,7 @@ from clu import parameter_overview
 from clu import periodic_actions
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from focusformer_jax import checkpoint
@@ -29,18 +31,25 @@ CHECKPOINTS = 'checkpoints'
 # few enough that progress says what is done and not what is asked for.
 STEPS_AHEAD = 2
 
+# A loss this many times the mean of the last line of metrics is logged.
+SPIKE = 2.0
+
 
 class Preempted(Exception):
   """SIGTERM came; everything is saved."""
 
 
 def open_checkpoints(
-  experiment: experiment_lib.Experiment, workdir: epath.Path
+  experiment: experiment_lib.Experiment,
+  workdir: epath.Path,
+  *,
+  tidy: bool = False,
 ) -> checkpoint.Checkpoints:
   return checkpoint.Checkpoints(
     workdir / CHECKPOINTS,
     experiment.facts(),
     experiment.settings.train.keep_checkpoints,
+    tidy=tidy,
   )
 
 
@@ -55,24 +64,13 @@ def is_finished(
   return latest is not None and latest >= experiment.settings.train.steps
 
 
-def train(
+def open_streams(
   experiment: experiment_lib.Experiment,
-  evaluator: evaluate.Evaluator,
-  workdir: epath.Path,
-) -> state_lib.TrainState:
-  """Trains to the last step, resuming from the newest checkpoint if there is.
-
-  Raises:
-    UserError: the checkpoint is of another run, or too many updates in a row
-      were not finite.
-    Preempted: SIGTERM came; a checkpoint is written.
-  """
+) -> dict[str, data.Batches]:
+  """Batches from one part of train, and for the sampler from the other."""
   settings = experiment.settings
   process = jax.process_index(), jax.process_count()
-
-  # Data: the supernet learns from one part of train, the sampler from another.
-  heldout = experiment.dataset.split('heldout')
-  iterators = {
+  return {
     'train': data.train_batches(
       experiment.dataset.split('train'),
       settings.data.batch_size,
@@ -82,32 +80,55 @@ def train(
       workers=settings.data.workers,
     ),
     'heldout': data.train_batches(
-      heldout,
+      experiment.dataset.split('heldout'),
       settings.sampler.batch_size,
       settings.seed,
       *process,
     ),
   }
 
+
+def train(
+  experiment: experiment_lib.Experiment,
+  evaluator: evaluate.Evaluator,
+  workdir: epath.Path,
+) -> state_lib.TrainState:
+  """Trains to the last step, resuming from the newest checkpoint if there is.
+
+  Raises:
+    UserError: the workdir cannot be written, the checkpoint is of another run,
+      or too many updates in a row were not finite.
+    FloatingPointError: with `config.debug.nans`, and names the operation.
+    Preempted: SIGTERM came; a checkpoint is written.
+  """
+  settings = experiment.settings
+  streams = open_streams(experiment)
+
   # State: the newest checkpoint if there is one, else born sharded.
-  with open_checkpoints(experiment, workdir) as checkpoints:
+  checkpoint.claim(workdir)
+  with (
+    _preemption() as preempted,
+    open_checkpoints(experiment, workdir, tidy=True) as checkpoints,
+    jax.debug_nans(settings.debug.nans),
+  ):
     if checkpoints.latest_step is None:
       state = experiment.init_state()
       _log_overview(experiment, state)
     else:
-      state = checkpoints.restore(experiment.abstract_state, iterators)
+      state = checkpoints.restore(experiment.abstract_state, streams)
       logging.info('resuming %s at step %d', workdir, int(state.step))
     return _loop(
-      experiment, evaluator, checkpoints, iterators, heldout, state, workdir
+      experiment, evaluator, checkpoints, streams, state, workdir, preempted
     )
 
 
 def _loop(
-  experiment, evaluator, checkpoints, iterators, heldout, state, workdir
+  experiment, evaluator, checkpoints, streams, state, workdir, preempted
 ):
   """Updates the state to the last step; see `train`."""
   settings = experiment.settings
   total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
+  heldout, start = experiment.dataset.split('heldout'), int(state.step)
 
   # Two programs own the state; the evaluator's only look at it.
   supernet_step = _compile(
@@ -119,7 +140,7 @@ def _loop(
     )
 
   def next_batch(name):
-    return sharding.put_batch(experiment.mesh, next(iterators[name]))
+    return sharding.put_batch(experiment.mesh, next(streams[name]))
 
   writer = metric_writers.create_default_writer(
     workdir / 'metrics', just_logging=jax.process_index() != 0
@@ -127,31 +148,42 @@ def _loop(
   progress = periodic_actions.ReportProgress(
     num_train_steps=total, every_secs=10
   )
-  pending = []
-  with _SigtermFlag() as preempted, metric_writers.ensure_flushes(writer):
-    for step in range(int(state.step) + 1, total + 1):
+  ahead, done, usual = collections.deque(), [], np.inf
+  # Of several processes, a signal that came before any step asks for step 1.
+  if preempted(1) or preempted(start):
+    raise Preempted(f'stopped by SIGTERM before step {start + 1}')
+  with metric_writers.ensure_flushes(writer):
+    for step in range(start + 1, total + 1):
       state, metrics = supernet_step(state, next_batch('train'))
       if step > warmup and step % settings.sampler.every == 0:
         state, sampled = sampler_step(state, next_batch('heldout'))
         metrics |= sampled
-      pending.append(metrics)
-      if len(pending) > STEPS_AHEAD:
-        jax.block_until_ready(pending[-1 - STEPS_AHEAD])
-      progress(step)
+      stop = preempted(step) and step < total
+      last = stop or step == total
 
-      last = step == total or preempted.is_set()
-      if last or step % settings.train.log_every == 0:
-        means = _means(pending)
-        _stop_if_broken(means, step, settings.train.max_skipped, checkpoints)
+      # Metrics reach the host when the devices have computed them.
+      line = last or step % settings.train.log_every == 0
+      ahead.append((step, metrics))
+      while len(ahead) > (0 if line else STEPS_AHEAD):
+        number, metrics = ahead.popleft()
+        done.append(jax.device_get(metrics))
+        _stop_if_broken(
+          number, done[-1], settings.train.max_skipped, checkpoints
+        )
+      progress(step)
+      if line:
+        means = _means(done)
         writer.write_scalars(step, means)
-        pending = []
-      if step == total or step % settings.train.eval_every == 0:
-        writer.write_scalars(step, _look(experiment, evaluator, state, heldout))
+        _warn_of_spike(step, done, usual)
+        usual, done = means['train/loss'], []
+
       # A checkpoint is taken before the next batch is.
       if last or step % settings.train.checkpoint_every == 0:
-        checkpoints.save(step, state, iterators)
-      if preempted.is_set() and step < total:
+        checkpoints.save(step, state, streams)
+      if stop:
         raise Preempted(f'stopped by SIGTERM at step {step}; saved')
+      if step == total or step % settings.train.eval_every == 0:
+        writer.write_scalars(step, _look(experiment, evaluator, state, heldout))
   return state
 
 
@@ -175,6 +207,8 @@ def _log_overview(experiment, state):
 
 def _compile(experiment, step, batch_size: int):
   """Compiles a step ahead of the loop, and says what it takes."""
+  if experiment.settings.debug.nans:  # JAX then runs it again, piece by piece.
+    return jax.jit(functools.partial(step, experiment))
   start = time.monotonic()
   compiled = (
     jax.jit(functools.partial(step, experiment), donate_argnums=0)
@@ -202,40 +236,61 @@ def _values(module) -> dict:
   }
 
 
-def _means(pending: list[steps.Metrics]) -> dict[str, float]:
-  """Means of each metric over the steps that have it."""
-  values = jax.device_get(pending)
+def _means(done: list[steps.Metrics]) -> dict[str, float]:
+  """Means of each metric over the steps that have it; the last of counts."""
+  values = {
+    name: [m[name] for m in done if name in m]
+    for name in sorted(set().union(*done))
+  }
   return {
-    name: float(np.mean([v[name] for v in values if name in v]))
-    for name in sorted(set().union(*values))
-  } | {'train/skipped_in_a_row': float(values[-1]['train/skipped_in_a_row'])}
+    name: float(v[-1] if 'skipped' in name else np.mean(v))
+    for name, v in values.items()
+  }
 
 
-def _stop_if_broken(means, step, limit, checkpoints):
-  skipped = int(means['train/skipped_in_a_row'])
-  if skipped >= limit:
-    raise errors.UserError(
-      f'step {step}: the last {skipped} updates were not finite and were '
-      f'skipped; lower config.optimizer.learning_rate (the last checkpoint is '
-      f'at step {checkpoints.latest_step})'
+def _stop_if_broken(step, metrics, limit, checkpoints):
+  for part in ('train', 'sampler'):
+    skipped = int(metrics.get(f'{part}/skipped_in_a_row', 0))
+    if skipped >= limit:
+      key = {'train': 'optimizer', 'sampler': 'sampler'}[part]
+      raise errors.UserError(
+        f'step {step}: the last {skipped} updates were not finite and were '
+        f'skipped; lower config.{key}.learning_rate, or set config.debug.nans '
+        f'to see where (the last good checkpoint is {checkpoints.newest})'
+      )
+
+
+def _warn_of_spike(step, done, usual):
+  losses = [m['train/loss'] for m in done]
+  worst = int(np.argmax(losses))
+  if losses[worst] > SPIKE * usual:
+    logging.warning(
+      'step %d: the loss rose to %.4g from a mean of %.4g',
+      step - len(done) + 1 + worst,
+      losses[worst],
+      usual,
     )
 
 
-class _SigtermFlag:
-  """Turns SIGTERM into an event that the loop looks at between steps."""
+@contextlib.contextmanager
+def _preemption():
+  """Listens to SIGTERM; gives a function that says whether to stop at a step.
 
-  def __enter__(self) -> threading.Event:
-    event = threading.Event()
-    self._before = None
-    if threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(
-        signal.SIGTERM, lambda number, frame: event.set()
-      )
-    return event
-
-  def __exit__(self, *exception):
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+  It has to be asked after every step. One of several processes does not decide
+  alone: JAX tells all of them the same step, which none has reached yet.
+  """
+  several, signals = jax.process_count() > 1, []
+  before = signal.SIG_DFL
+  if not several:
+    before = signal.signal(signal.SIGTERM, lambda *_: signals.append(True))
+  try:
+    yield (
+      multihost_utils.reached_preemption_sync_point
+      if several
+      else lambda step: bool(signals)
+    )
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _look(
