@@ -161,7 +161,7 @@ def stops(folder: pathlib.Path, rng: random.Random):
   for _ in range(10):
     life = Life(workdir)
     if life.says(TRAINING):
-      time.sleep(rng.uniform(0, 0.5))
+      time.sleep(rng.uniform(0.3, 0.8))
       life.process.terminate()
     code, saved = life.end(), steps_saved(workdir)
     good += code == 0 and f'at step {saved[-1]}; saved' in life.last_line()

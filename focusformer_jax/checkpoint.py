@@ -8,6 +8,7 @@ are compared first. Checksums of all arrays are compared last: the files have
 none of their own, and a changed bit in them would pass for a weight.
 """
 
+import asyncio
 from collections.abc import Mapping
 import contextlib
 import json
@@ -57,6 +58,19 @@ def claim(workdir: epath.Path) -> None:
       f'--workdir: wanted a place that all {jax.process_count()} processes '
       f'share, such as a bucket, found {workdir}, which some do not see'
     )
+
+
+def wait_for_all(name: str) -> None:
+  """Waits for all processes, up to an hour; once under each name.
+
+  Collectives on CPUs give up after half a minute, and processes may compile
+  for longer than that, or find a program in the cache that others do not.
+  """
+  if jax.process_count() > 1:
+    barrier = ocp.multihost.sync_global_processes(
+      name, operation_id='focusformer_jax', timeout=3600
+    )
+    asyncio.run(barrier)
 
 
 def _named(tree) -> dict[str, Any]:
@@ -170,6 +184,15 @@ class Checkpoints:
         {'state': named},
         custom_metadata={'notes': notes, 'crc32': _crc32(notes)},
       )
+
+  def wait(self) -> None:
+    """Returns when the checkpoint in hand is written.
+
+    Raises:
+      UserError: it cannot be.
+    """
+    with self._writing():
+      self._orbax.wait()
 
   def __enter__(self) -> 'Checkpoints':
     return self

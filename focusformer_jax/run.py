@@ -1,5 +1,7 @@
 """The whole job: train, search, extract, report, each from what is on disk."""
 
+from typing import Any
+
 from absl import logging
 from etils import epath
 import jax
@@ -67,17 +69,34 @@ def _restore(experiment, workdir):
     return checkpoints.restore(experiment.abstract_state)
 
 
+def _results(workdir: epath.Path) -> dict[str, Any]:
+  """What the last search wrote."""
+  path = workdir / 'results.json'
+  if not path.exists():
+    raise errors.UserError(
+      f'--workdir: wanted results.json in {workdir}, found none; use '
+      '--mode=search first'
+    )
+  results = files.read_json(path)
+  if not isinstance(results, dict) or 'budgets' not in results:
+    raise errors.UserError(
+      f'{path}: wanted the results of a search, found something else; remove '
+      'the file to have it written again'
+    )
+  return results
+
+
 def _is_of(results: epath.Path, state) -> bool:
   """Whether results were written for this state, as process 0 sees it."""
-  found = results.exists() and files.read_json(results)[
-    'checkpoint_step'
-  ] == int(state.step)
+  found = results.exists() and (
+    _results(results.parent).get('checkpoint_step') == int(state.step)
+  )
   return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
 
 
 def _extract(experiment, state, workdir):
   """Cuts the sampler's choice at the largest budget out of the supernet."""
-  rows = files.read_json(workdir / 'results.json')['budgets']
+  rows = _results(workdir)['budgets']
   row = max(rows, key=lambda row: row['budget'])
   arch = experiment.space.from_json(row['architecture'])
   subnet.save(
@@ -90,11 +109,7 @@ def _extract(experiment, state, workdir):
 
 
 def _report(workdir: epath.Path):
-  if not (workdir / 'results.json').exists():
-    raise errors.UserError(
-      f'--workdir: wanted results.json in {workdir}, found none; use '
-      '--mode=search first'
-    )
+  _results(workdir)
   if jax.process_index() == 0:
     print(report.report(workdir))
     print(f'\nplot: {workdir / "pareto.png"}')

@@ -1,10 +1,12 @@
 """Training of supernet and sampler: the loop, in paragraphs."""
 
 import collections
+from collections.abc import Callable, Mapping
 import contextlib
 import functools
 import signal
 import time
+from typing import TypeVar
 
 from absl import logging
 from clu import metric_writers
@@ -21,9 +23,12 @@ from focusformer_jax import data
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import settings as settings_lib
 from focusformer_jax import sharding
 from focusformer_jax import state as state_lib
 from focusformer_jax import steps
+
+State = TypeVar('State')
 
 CHECKPOINTS = 'checkpoints'
 
@@ -103,87 +108,119 @@ def train(
   """
   settings = experiment.settings
   streams = open_streams(experiment)
-
-  # State: the newest checkpoint if there is one, else born sharded.
+  heldout = experiment.dataset.split('heldout')
   checkpoint.claim(workdir)
+
   with (
-    _preemption() as preempted,
     open_checkpoints(experiment, workdir, tidy=True) as checkpoints,
     jax.debug_nans(settings.debug.nans),
   ):
+    # State: the newest checkpoint if there is one, else born sharded.
     if checkpoints.latest_step is None:
       state = experiment.init_state()
       _log_overview(experiment, state)
     else:
       state = checkpoints.restore(experiment.abstract_state, streams)
       logging.info('resuming %s at step %d', workdir, int(state.step))
-    return _loop(
-      experiment, evaluator, checkpoints, streams, state, workdir, preempted
+    # Two programs own the state; the evaluator's only look at it.
+    total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
+    supernet_step = compile_step(
+      experiment, steps.supernet_step, state, settings.data.batch_size
+    )
+    if warmup < total:
+      sampler_step = compile_step(
+        experiment, steps.sampler_step, state, settings.sampler.batch_size
+      )
+
+    def next_batch(name):
+      return sharding.put_batch(experiment.mesh, next(streams[name]))
+
+    def update(step, state):
+      state, metrics = supernet_step(state, next_batch('train'))
+      if step > warmup and step % settings.sampler.every == 0:
+        state, sampled = sampler_step(state, next_batch('heldout'))
+        metrics |= sampled
+      return state, metrics
+
+    return loop(
+      settings.train,
+      state,
+      update,
+      lambda state: _look(experiment, evaluator, state, heldout),
+      checkpoints,
+      streams,
+      workdir / 'metrics',
     )
 
 
-def _loop(
-  experiment, evaluator, checkpoints, streams, state, workdir, preempted
-):
-  """Updates the state to the last step; see `train`."""
-  settings = experiment.settings
-  total, warmup = settings.train.steps, curriculum.warmup_steps(settings)
-  heldout, start = experiment.dataset.split('heldout'), int(state.step)
+def loop(
+  settings: settings_lib.Train,
+  state: State,
+  update: Callable[[int, State], tuple[State, steps.Metrics]],
+  look: Callable[[State], dict[str, float]],
+  checkpoints: checkpoint.Checkpoints,
+  streams: Mapping[str, data.Batches],
+  metrics: epath.Path,
+  optimizer: str = 'config.optimizer',
+) -> State:
+  """Updates a state to the last step, with metrics and checkpoints on the way.
 
-  # Two programs own the state; the evaluator's only look at it.
-  supernet_step = _compile(
-    experiment, steps.supernet_step, settings.data.batch_size
-  )
-  if warmup < total:
-    sampler_step = _compile(
-      experiment, steps.sampler_step, settings.sampler.batch_size
-    )
+  Args:
+    settings: when to log, look, save and stop.
+    state: to start from; it counts its updates as `step`.
+    update: the next state and what to log, given its step and the state.
+    look: scores of a state, every `eval_every` steps and at the end.
+    checkpoints: where states are saved, with the positions of `streams`.
+    streams: what `update` reads.
+    metrics: gets what is logged.
+    optimizer: the config section to change where updates are not finite.
 
-  def next_batch(name):
-    return sharding.put_batch(experiment.mesh, next(streams[name]))
-
+  Raises:
+    UserError: too many updates in a row were not finite, or the disk is full.
+    Preempted: SIGTERM came; a checkpoint is written.
+  """
+  total, start = settings.steps, int(state.step)
   writer = metric_writers.create_default_writer(
-    workdir / 'metrics', just_logging=jax.process_index() != 0
+    metrics, just_logging=jax.process_index() != 0
   )
   progress = periodic_actions.ReportProgress(
     num_train_steps=total, every_secs=10
   )
   ahead, done, usual = collections.deque(), [], np.inf
-  # Of several processes, a signal that came before any step asks for step 1.
-  if preempted(1) or preempted(start):
-    raise Preempted(f'stopped by SIGTERM before step {start + 1}')
-  with metric_writers.ensure_flushes(writer):
+  checkpoint.wait_for_all(f'ready for {metrics}')
+  with _preemption() as preempted, metric_writers.ensure_flushes(writer):
+    # Of several processes, a signal that came before any step asks for step 1.
+    if preempted(1) or preempted(start):
+      raise Preempted(f'stopped by SIGTERM before step {start + 1}')
     for step in range(start + 1, total + 1):
-      state, metrics = supernet_step(state, next_batch('train'))
-      if step > warmup and step % settings.sampler.every == 0:
-        state, sampled = sampler_step(state, next_batch('heldout'))
-        metrics |= sampled
+      state, logged = update(step, state)
       stop = preempted(step) and step < total
       last = stop or step == total
 
       # Metrics reach the host when the devices have computed them.
-      line = last or step % settings.train.log_every == 0
-      ahead.append((step, metrics))
+      line = last or step % settings.log_every == 0
+      ahead.append((step, logged))
       while len(ahead) > (0 if line else STEPS_AHEAD):
-        number, metrics = ahead.popleft()
-        done.append(jax.device_get(metrics))
+        number, logged = ahead.popleft()
+        done.append(jax.device_get(logged))
         _stop_if_broken(
-          number, done[-1], settings.train.max_skipped, checkpoints
+          number, done[-1], settings.max_skipped, checkpoints, optimizer
         )
       progress(step)
       if line:
         means = _means(done)
         writer.write_scalars(step, means)
         _warn_of_spike(step, done, usual)
-        usual, done = means['train/loss'], []
+        usual, done = means.get('train/loss', np.inf), []
 
       # A checkpoint is taken before the next batch is.
-      if last or step % settings.train.checkpoint_every == 0:
+      if last or step % settings.checkpoint_every == 0:
         checkpoints.save(step, state, streams)
       if stop:
+        checkpoints.wait()
         raise Preempted(f'stopped by SIGTERM at step {step}; saved')
-      if step == total or step % settings.train.eval_every == 0:
-        writer.write_scalars(step, _look(experiment, evaluator, state, heldout))
+      if step == total or step % settings.eval_every == 0:
+        writer.write_scalars(step, look(state))
   return state
 
 
@@ -205,14 +242,21 @@ def _log_overview(experiment, state):
     )
 
 
-def _compile(experiment, step, batch_size: int):
-  """Compiles a step ahead of the loop, and says what it takes."""
+def compile_step(experiment, step, state, batch_size: int):
+  """Compiles a step ahead of the loop, and says what it takes.
+
+  Args:
+    experiment: what the step closes over.
+    step: a function of experiment, state and batch; it may reuse the state.
+    state: any with the shapes and shardings of the loop's.
+    batch_size: images of a step.
+  """
   if experiment.settings.debug.nans:  # JAX then runs it again, piece by piece.
     return jax.jit(functools.partial(step, experiment))
   start = time.monotonic()
   compiled = (
     jax.jit(functools.partial(step, experiment), donate_argnums=0)
-    .lower(experiment.abstract_state, experiment.abstract_batch(batch_size))
+    .lower(state, experiment.abstract_batch(batch_size))
     .compile()
   )
   memory = compiled.memory_analysis()
@@ -248,20 +292,19 @@ def _means(done: list[steps.Metrics]) -> dict[str, float]:
   }
 
 
-def _stop_if_broken(step, metrics, limit, checkpoints):
-  for part in ('train', 'sampler'):
+def _stop_if_broken(step, metrics, limit, checkpoints, optimizer):
+  for part, section in (('train', optimizer), ('sampler', 'config.sampler')):
     skipped = int(metrics.get(f'{part}/skipped_in_a_row', 0))
     if skipped >= limit:
-      key = {'train': 'optimizer', 'sampler': 'sampler'}[part]
       raise errors.UserError(
         f'step {step}: the last {skipped} updates were not finite and were '
-        f'skipped; lower config.{key}.learning_rate, or set config.debug.nans '
-        f'to see where (the last good checkpoint is {checkpoints.newest})'
+        f'skipped; lower {section}.learning_rate, or set config.debug.nans to '
+        f'see where (the last good checkpoint is {checkpoints.newest})'
       )
 
 
 def _warn_of_spike(step, done, usual):
-  losses = [m['train/loss'] for m in done]
+  losses = [m.get('train/loss', 0) for m in done]
   worst = int(np.argmax(losses))
   if losses[worst] > SPIKE * usual:
     logging.warning(

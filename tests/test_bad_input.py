@@ -158,6 +158,14 @@ def test_a_data_set_that_changed(tfds_dir, trained, on_one_device, monkeypatch):
         (workdir / 'results.json').write_text('{"budg'),
       ],
     ),
+    (
+      'results.json',
+      'report',
+      lambda workdir: [
+        workdir.mkdir(),
+        (workdir / 'results.json').write_text('[]'),
+      ],
+    ),
   ],
 )
 def test_a_wrong_workdir(tfds_dir, tmp_path, on_one_device, key, mode, prepare):
