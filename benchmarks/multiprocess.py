@@ -151,11 +151,12 @@ def run(processes: int, devices: int, *command: str) -> str:
 def losses(workdir: pathlib.Path) -> dict[int, float]:
   """The training loss of every step that was written."""
   found = {}
-  for path in sorted((workdir / 'metrics').glob('events*')):
-    for event in tf.compat.v1.train.summary_iterator(str(path)):
-      for value in event.summary.value:
-        if value.tag == 'train/loss':
-          found[event.step] = float(tf.make_ndarray(value.tensor))
+  paths = sorted(map(str, (workdir / 'metrics').glob('events*')))
+  for record in tf.data.TFRecordDataset(paths) if paths else ():
+    event = tf.compat.v1.Event.FromString(record.numpy())
+    for value in event.summary.value:
+      if value.tag == 'train/loss':
+        found[event.step] = float(tf.make_ndarray(value.tensor))
   return found
 
 
@@ -289,8 +290,10 @@ def preemption(folder: pathlib.Path) -> bool:
   for victim in (0, 1):
     shutil.rmtree(stopped, ignore_errors=True)
     started = start(2, 2, *command, f'--workdir={stopped}')
-    while not losses(stopped):
-      time.sleep(1)
+    while not any(
+      path.stat().st_size > 1000 for path in stopped.glob('metrics/events*')
+    ):
+      time.sleep(0.1)
     started[victim].send_signal(signal.SIGTERM)
     ended = finish(started)
     codes = [code for code, _, _ in ended]

@@ -12,7 +12,7 @@ bit for bit, the same `results.json` and the same extracted network.
 - A disk that is full: a small tmpfs (only root may mount one), elsewhere a
   limit on the size of files. One line, exit code 1, older checkpoints intact;
   with room again the run goes on.
-- Every file of the newest checkpoint emptied, cut in half, changed in one byte
+- Every file of the newest checkpoint emptied, cut in half, changed in one bit
   and removed: one line that names the checkpoint, or weights that are the same
   as before; never other weights, never a start from zero.
 
