@@ -4,7 +4,9 @@ python main.py --config=configs/cifar100.py --workdir=/tmp/ff
 """
 
 import logging as python_logging
+import os
 import sys
+import traceback
 
 from absl import app
 from absl import flags
@@ -27,26 +29,73 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
   'mode', 'run', run.MODES, 'One stage, or all that are not done yet.'
 )
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+  'coordinator_address', None, 'Host and port of process 0, if not on a TPU.'
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'How many processes there are, if not on a TPU.'
+)
+PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this one is, from 0, if not on a TPU.'
+)
 
 
 def _parse_flags(argv):
-  """Flags, or one line for a key that the config does not have."""
+  """Flags, or one line for a wrong flag, config file or key."""
   try:
-    return app.parse_flags_with_usage(argv)
+    rest = flags.FLAGS(argv)
+    # A file that cannot be read is an error as soon as its config is used.
+    CONFIG.value.to_dict()
+    return rest
   except (AttributeError, KeyError) as error:
     sys.exit(f'error: --config: no such key: {errors.first_line(error)}')
+  except (flags.Error, OSError, TypeError, ValueError) as error:
+    # Of a traceback in between, the last line says what is wrong.
+    lines = str(error).strip().splitlines()
+    sys.exit(f'error: {" ".join(dict.fromkeys((lines[0], lines[-1])))}')
 
 
 def _log_our_lines_only():
-  """Information from this project and clu; from other libraries, warnings."""
-  ours = ('focusformer_jax', 'clu')
+  """Information from this project and clu; from other libraries, warnings.
+
+  Orbax is silent: what goes wrong there is an error of our own.
+  """
+
+  def of(record, *names):
+    return any(f'/{name}/' in record.pathname for name in names)
+
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(
     lambda record: (
-      record.levelno > python_logging.INFO
-      or any(f'/{name}/' in record.pathname for name in ours)
+      of(record, 'focusformer_jax', 'clu')
+      or (record.levelno > python_logging.INFO and not of(record, 'orbax'))
     )
   )
+
+
+def _join_processes():
+  """Makes one job of all processes: by our flags, or on Cloud TPU by itself.
+
+  Has to come before anything that asks JAX for devices.
+  """
+  given = COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value
+  asked = given != (None, None, None)
+  if not asked and 'tpu' not in (jax.config.jax_platforms or ''):
+    return
+  # A signal to stop is for training, which saves; other modes just end.
+  jax.config.update(
+    'jax_enable_preemption_service', MODE.value in ('run', 'train')
+  )
+  try:
+    jax.distributed.initialize(*given)
+  except Exception as error:  # JAX raises anything where a host is missing.
+    if asked or jax.process_count() > 1:
+      sys.exit(
+        'error: wanted to join the other processes by --coordinator_address, '
+        f'--num_processes and --process_id, found {errors.first_line(error)}'
+      )
+  if jax.process_index() > 0:
+    logging.set_verbosity(logging.WARNING)
 
 
 def _keep_compiled_programs():
@@ -62,12 +111,28 @@ def main(argv):
     sys.exit(f'error: wanted flags alone, found {argv[1]}')
   _log_our_lines_only()
   _keep_compiled_programs()
+  _join_processes()
   try:
     run.run(settings.parse(CONFIG.value), epath.Path(WORKDIR.value), MODE.value)
-  except errors.UserError as error:
-    sys.exit(f'error: {error}')
   except train.Preempted as stop:
     logging.info('%s', stop)
+  except errors.UserError as error:
+    _leave(f'error: {error}')
+  except OSError as error:
+    _leave(f'error: wanted files to read and write, found {error}')
+  except BaseException:
+    if jax.process_count() == 1:
+      raise
+    _leave(traceback.format_exc())
+
+
+def _leave(message: str):
+  """Ends with an error, without waiting for processes that may wait for us."""
+  if jax.process_count() == 1:
+    sys.exit(message)
+  sys.stdout.flush()
+  print(message, file=sys.stderr, flush=True)
+  os._exit(1)
 
 
 if __name__ == '__main__':

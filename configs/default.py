@@ -246,6 +246,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.mesh.data = -1
   # Devices that share them out.
   c.mesh.fsdp = 1
+
+  c.debug = ml_collections.ConfigDict()
+  # Stops training at the first operation whose result is not a number; slow.
+  c.debug.nans = False
   return c
 
 

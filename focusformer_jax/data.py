@@ -5,14 +5,18 @@ Letters: `B` batch, `C` channels.
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 import os
 import socket
 from typing import Any, Protocol, TypedDict
 import urllib.parse
 import urllib.request
+import zlib
 
 from etils import epath
 import grain
+import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -123,6 +127,7 @@ class Dataset:
       sizes differ from each other or from the wanted one.
     open_split: the split of that name, or the part 'train[a%:b%]' of it.
     splits: names of the splits.
+    contents: what tells this data set from a changed one, as JSON.
     heldout: share of train that is held out.
     test: the split to test on.
   """
@@ -133,6 +138,7 @@ class Dataset:
   encoded: bool
   open_split: Callable[[str], Source]
   splits: tuple[str, ...]
+  contents: dict[str, Any]
   heldout: float
   test: str
 
@@ -160,7 +166,8 @@ class Dataset:
     source = self.open_split(parts[name])
     if not len(source):
       raise errors.UserError(
-        f'config.data.heldout: {self.heldout} leaves no images for {name}'
+        f'config.data.heldout: wanted a share that leaves images for {name}, '
+        f'found {self.heldout}'
       )
     return source
 
@@ -190,6 +197,7 @@ def _open_tfds(settings, crop) -> Dataset:
   encoded = (height, width) != (settings.image_size,) * 2
   channels = channels or 3
 
+  @functools.cache
   def open_split(part: str) -> Source:
     if encoded:
       raw = {'image': tfds.decode.SkipDecoding()}
@@ -208,6 +216,14 @@ def _open_tfds(settings, crop) -> Dataset:
     encoded=encoded,
     open_split=open_split,
     splits=tuple(builder.info.splits or ()),
+    contents={
+      'version': str(builder.version),
+      'classes': features['label'].num_classes,
+      'images': {
+        name: split.num_examples
+        for name, split in (builder.info.splits or {}).items()
+      },
+    },
     heldout=settings.heldout,
     test=settings.test,
   )
@@ -242,19 +258,24 @@ def _open_folder(settings, crop) -> Dataset:
     )
   classes = _folders(root / 'train')
 
-  def open_split(part: str) -> Source:
-    split, _, window = part.partition('[')
+  @functools.cache
+  def listed(split: str) -> list[tuple[str, int]]:
     if unknown := sorted(set(_folders(root / split)) - set(classes)):
       raise errors.UserError(
         f'config.data.dir: wanted the classes of train in {root / split}, '
         f'found {unknown[0]}'
       )
-    files = [
+    return [
       (str(path), label)
       for label, name in enumerate(classes)
       for path in sorted((root / split / name).glob('*'))
       if path.suffix.lower() in IMAGE_SUFFIXES
     ]
+
+  @functools.cache
+  def open_split(part: str) -> Source:
+    split, _, window = part.partition('[')
+    files = listed(split)
     # The order on disk is by class; this one is fixed as well.
     order = np.random.default_rng(0).permutation(len(files))
     if window:
@@ -267,6 +288,12 @@ def _open_folder(settings, crop) -> Dataset:
       _Files([files[i] for i in order]), settings.image_size, 3, crop
     )
 
+  shown = {'train': listed('train'), settings.test: listed(settings.test)}
+  names = ''.join(
+    str(epath.Path(path).relative_to(root)) + '\n'
+    for files in shown.values()
+    for path, _ in files
+  )
   return Dataset(
     name=settings.name,
     classes=tuple(classes),
@@ -274,6 +301,10 @@ def _open_folder(settings, crop) -> Dataset:
     encoded=True,
     open_split=open_split,
     splits=tuple(splits),
+    contents={
+      'images': {split: len(files) for split, files in shown.items()},
+      'names': f'{zlib.crc32(names.encode()):08x}',
+    },
     heldout=settings.heldout,
     test=settings.test,
   )
@@ -290,28 +321,36 @@ def _prepared(settings: settings_lib.Data) -> tfds.core.DatasetBuilder:
     builder = tfds.builder(
       name, data_dir=settings.dir, file_format='array_record'
     )
-  except tfds.core.DatasetNotFoundError as error:
+  except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
     raise errors.UserError(
       f'config.data.name: wanted the name of a TFDS data set or '
-      f'{IMAGE_FOLDER}, found {name!r}'
+      f'{IMAGE_FOLDER}, found {name!r} ({errors.first_line(error)})'
     ) from error
   features = builder.info.features
   if not {'image', 'label'} <= set(features):
     raise errors.UserError(
       f'config.data.name: wanted images with labels, found {sorted(features)}'
     )
+  # Process 0 goes first: others may share its disk, and then find all done.
+  for turn in (True, False):
+    if turn == (jax.process_index() == 0):
+      _prepare(builder)
+    multihost_utils.sync_global_devices(f'{name} is prepared')
+  return builder
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
   try:
     if not builder.is_prepared():
       _stop_retrying_unknown_hosts(builder)
       builder.download_and_prepare()
   except Exception as error:  # Network, disk, checksum: TFDS raises anything.
     raise errors.UserError(
-      f'config.data.name: {name} is not in {builder.data_dir} and cannot be '
-      f'fetched ({errors.first_line(error)}); run `tfds build {name} '
-      '--file_format=array_record` where there is a network and set '
-      'config.data.dir'
+      f'config.data.name: wanted {builder.name} in {builder.data_dir}, found '
+      f'none there and cannot fetch it ({errors.first_line(error)}); run `tfds '
+      f'build {builder.name} --file_format=array_record` where there is a '
+      'network and set config.data.dir'
     ) from error
-  return builder
 
 
 def _stop_retrying_unknown_hosts(builder: tfds.core.DatasetBuilder) -> None:
@@ -326,6 +365,32 @@ def _stop_retrying_unknown_hosts(builder: tfds.core.DatasetBuilder) -> None:
       downloader.MAX_RETRIES = 0
 
 
+class Batches(Iterator[Batch]):
+  """Batches without end, from any position on.
+
+  `position` is the number of batches taken. It can be set, and means the same
+  to any number of processes and workers.
+  """
+
+  def __init__(self, batches: grain.MapDataset, workers: int):
+    self._batches, self._workers = batches, workers
+    self.position = 0
+
+  @property
+  def position(self) -> int:
+    return self._position
+
+  @position.setter
+  def position(self, position: int):
+    self._position = position
+    self._ahead = iter(_read_ahead(self._batches[position:], self._workers))
+
+  def __next__(self) -> Batch:
+    batch = next(self._ahead)
+    self._position += 1
+    return batch
+
+
 def train_batches(
   source: Source,
   batch_size: int,
@@ -335,11 +400,11 @@ def train_batches(
   *,
   repeats: int = 1,
   workers: int = 0,
-) -> grain.DatasetIterator:
+) -> Batches:
   """Batches without end, each epoch in another order.
 
-  The iterator's state is its position; the batch at a position depends on
-  `seed` alone. Several processes read consecutive parts of the same batch.
+  The batch at a position depends on `seed` alone. Several processes read
+  consecutive parts of the same batch.
 
   Args:
     source: a split.
@@ -369,7 +434,7 @@ def train_batches(
   order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
   # It never ends, and Grain cannot round its length up.
   batches = order.batch(distinct, drop_remainder=True).map_with_index(read)
-  return iter(_read_ahead(batches, workers))
+  return Batches(batches, workers)
 
 
 def _read_ahead(batches: grain.MapDataset, workers: int) -> grain.IterDataset:

@@ -62,10 +62,15 @@ class Experiment:
   @functools.cached_property
   def tables(self) -> dict[str, cost.CostTable]:
     """Every cost that tables and reports show, by name."""
-    tables = {
-      'macs': cost.macs(self.space, self.geometry),
-      'params': cost.params(self.space, self.geometry),
-    }
+    try:
+      tables = {
+        'macs': cost.macs(self.space, self.geometry),
+        'params': cost.params(self.space, self.geometry),
+      }
+    except ValueError as error:
+      raise errors.UserError(
+        f'config.space: wanted costs that can be counted, found {error}'
+      ) from error
     measured = self.settings.sampler.latency
     if measured is not None:
       tables['latency'] = cost.latency(epath.Path(measured), self.latency_facts)
@@ -85,7 +90,10 @@ class Experiment:
   def budgets(self) -> policy_lib.Budgets:
     """The cost that budgets bound."""
     sampler = self.settings.sampler
-    return policy_lib.Budgets(self.tables[sampler.cost], sampler.bins)
+    try:
+      return policy_lib.Budgets(self.tables[sampler.cost], sampler.bins)
+    except ValueError as error:
+      raise errors.UserError(f'config.sampler.{error}') from error
 
   @property
   def search_budgets(self) -> tuple[int, ...]:
@@ -229,6 +237,8 @@ class Experiment:
     """What a checkpoint must agree with, by config key."""
     supernet, sampler = self.settings.supernet, self.settings.sampler
     return {
+      'seed': self.settings.seed,
+      'data': self.dataset.contents,
       'data.name': self.settings.data.name,
       'data.image_size': self.settings.data.image_size,
       'data.heldout': self.settings.data.heldout,

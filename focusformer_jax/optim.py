@@ -60,11 +60,7 @@ def schedule(
 def supernet_optimizer(
   settings: settings_lib.Optimizer, steps: int, batch_size: int
 ) -> optax.GradientTransformation:
-  """AdamW that skips an update whose gradients are not finite.
-
-  Skipped updates are counted in the state (`notfinite_count` in a row); the
-  training loop stops after too many, so optax's own limit is out of reach.
-  """
+  """AdamW that skips an update whose gradients are not finite."""
   adamw = optax.adamw(
     schedule(settings, steps, batch_size),
     weight_decay=settings.weight_decay,
@@ -75,7 +71,24 @@ def supernet_optimizer(
   optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
   if settings.accumulate > 1:
     optimizer = optax.MultiSteps(optimizer, settings.accumulate)
-  return optax.apply_if_finite(optimizer, max_consecutive_errors=2**30)
+  return _skip_not_finite(optimizer)
+
+
+def _skip_not_finite(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Skips updates that are not finite, and counts them in the state.
+
+  The training loop stops after too many in a row (`notfinite_count`), so
+  optax's own limit is out of reach.
+  """
+  return optax.apply_if_finite(inner, max_consecutive_errors=2**30)
+
+
+def refuse_if_not_finite(loss: Array, grads: Weights) -> Weights:
+  """Gradients of a loss that is not finite are not finite either."""
+  fine = jnp.isfinite(loss)
+  return jax.tree.map(lambda grad: jnp.where(fine, grad, jnp.nan), grads)
 
 
 def hold_untouched(
@@ -116,6 +129,8 @@ def policy_optimizer(
   settings: settings_lib.Sampler,
 ) -> optax.GradientTransformation:
   """Adam with clipped gradients: a rare architecture has a large score."""
-  return optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adam(settings.learning_rate)
+  return _skip_not_finite(
+    optax.chain(
+      optax.clip_by_global_norm(1.0), optax.adam(settings.learning_rate)
+    )
   )

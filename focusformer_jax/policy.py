@@ -140,14 +140,15 @@ class Budgets:
   Args:
     table: the cost that budgets bound.
     max_bins: most bins for the range of one width, G.
+
+  Raises:
+    ValueError: so few bins that two choices of every layer do not fit.
   """
 
   table: cost.CostTable
   max_bins: int = 1024
 
   def __post_init__(self):
-    if self.max_bins < 1:
-      raise ValueError(f'bins: wanted at least 1, found {self.max_bins}')
     unit, layers = self.table.unit, np.array(self.table.depth, np.int64)
     stem_E = self.table.stem_E // unit
     halves = (self.table.attention_EH // unit, self.table.mlp_ER // unit)
@@ -228,7 +229,13 @@ def _bin_width(
 
   coarsest = -(-span // max_bins)
   widths = np.unique(np.geomspace(coarsest, 4 * coarsest, 512).astype(int))
-  return int(min(filter(fits, widths), key=waste))
+  fitting = list(filter(fits, widths))
+  if not fitting:
+    raise ValueError(
+      f'bins: wanted at least {2 * layers} for {layers} layers, '
+      f'found {max_bins}'
+    )
+  return int(min(fitting, key=waste))
 
 
 class _Recursion(NamedTuple):

@@ -34,6 +34,7 @@ from focusformer_jax import cost
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import files
 from focusformer_jax import policy as policy_lib
 from focusformer_jax import report
 from focusformer_jax import settings as settings_lib
@@ -491,5 +492,4 @@ def _decoded(experiment, workdir) -> list[tuple[int, space_lib.Architecture]]:
 
 
 def _write(path: epath.Path, values: dict[str, Any]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(values, indent=2) + '\n')
+  files.write(path, json.dumps(values, indent=2) + '\n')

@@ -18,6 +18,8 @@ from matplotlib import pyplot as plt
 from matplotlib import ticker
 import numpy as np
 
+from focusformer_jax import files
+
 # Points (step, value) by the name of a metric.
 Curves = dict[str, list[tuple[int, float]]]
 
@@ -413,7 +415,7 @@ def report(workdir: epath.Path) -> str:
   `report/report.json`.
   """
   found = {
-    name: json.loads((workdir / path).read_text())
+    name: files.read_json(workdir / path)
     for name, path in FILES.items()
     if (workdir / path).exists()
   } | {'metrics': read_metrics(workdir / 'metrics')}
@@ -423,12 +425,12 @@ def report(workdir: epath.Path) -> str:
     figures |= policy_plots(found['policy'])
   plots = {name: _png(figure) for name, figure in figures.items()}
   text = table(found['results'])
-  folder = workdir / 'report'
-  folder.mkdir(parents=True, exist_ok=True)
   for name, png in plots.items():
-    (folder / f'{name}.png').write_bytes(png)
-  (folder / 'report.json').write_text(json.dumps(found, indent=2) + '\n')
-  (workdir / 'pareto.png').write_bytes(plots['pareto'])
-  (workdir / 'table.txt').write_text(text + '\n')
-  (workdir / 'report.html').write_text(_page(found, plots))
+    files.write(workdir / 'report' / f'{name}.png', png)
+  files.write(
+    workdir / 'report' / 'report.json', json.dumps(found, indent=2) + '\n'
+  )
+  files.write(workdir / 'pareto.png', plots['pareto'])
+  files.write(workdir / 'table.txt', text + '\n')
+  files.write(workdir / 'report.html', _page(found, plots))
   return text

@@ -32,6 +32,7 @@ from focusformer_jax import data
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import files
 from focusformer_jax import layers
 from focusformer_jax import optim
 from focusformer_jax import report
@@ -86,8 +87,12 @@ def retrain(settings: settings_lib.Settings, workdir: epath.Path) -> None:
   start = prepare(experiment, network, description)
   facts = _facts(settings, directory)
   score, folder = _scorer(experiment), workdir / 'retrain'
+  checkpoint.claim(workdir)
   with checkpoint.Checkpoints(
-    folder / train.CHECKPOINTS, facts, settings.train.keep_checkpoints
+    folder / train.CHECKPOINTS,
+    facts,
+    settings.train.keep_checkpoints,
+    tidy=True,
   ) as checkpoints:
     state = _train(experiment, start, score, checkpoints, folder / 'metrics')
 
@@ -362,7 +367,7 @@ def retrain_step(
   return State(state.step + 1, network, optimizer, average), {
     'train/loss': loss,
     'train/grad_norm': optax.tree.norm(grads),
-    'train/skipped_in_a_row': optimizer.notfinite_count.astype(jnp.float32),
+    'train/skipped_in_a_row': optimizer.notfinite_count,
   }
 
 
@@ -406,7 +411,7 @@ def _write(experiment, network, description, accuracies, folder):
     'steps': settings.retrain.steps,
     'inherit': settings.retrain.inherit,
   } | accuracies
-  (folder / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+  files.write(folder / 'results.json', json.dumps(results, indent=2) + '\n')
   rows = [
     [split, *(f'{accuracies[f"{split}_accuracy_{when}"]:.2%}' for when in WHEN)]
     for split in SPLITS

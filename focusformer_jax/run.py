@@ -7,11 +7,14 @@ from typing import Any
 from absl import logging
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
 from focusformer_jax import export
+from focusformer_jax import files
 from focusformer_jax import profile
 from focusformer_jax import report
 from focusformer_jax import retrain
@@ -68,9 +71,11 @@ def run(
 
   state = _restore(experiment, workdir)
   if mode == 'search' or (
-    mode == 'run' and not _is_of(_searched(workdir, state), settings.search)
+    mode == 'run' and not _is_searched(workdir, state, settings.search)
   ):
     search.search(experiment, evaluator, state, workdir)
+    # Process 0 writes what the others read.
+    multihost_utils.sync_global_devices('searched')
   if mode in ('run', 'extract', 'export'):
     arch, network = _extract(experiment, evaluator, state, workdir)
   if mode == 'export' and jax.process_index() == 0:
@@ -90,19 +95,37 @@ def _restore(experiment, workdir):
     return checkpoints.restore(experiment.abstract_state)
 
 
-def _searched(workdir: epath.Path, state) -> dict[str, Any] | None:
-  """The results of a search of this state, if there are any."""
+def _results(workdir: epath.Path) -> dict[str, Any]:
+  """What the last search wrote."""
   path = workdir / 'results.json'
   if not path.exists():
+    raise errors.UserError(
+      f'--workdir: wanted results.json in {workdir}, found none; use '
+      '--mode=search first'
+    )
+  results = files.read_json(path)
+  if not isinstance(results, dict) or 'budgets' not in results:
+    raise errors.UserError(
+      f'{path}: wanted the results of a search, found something else; remove '
+      'the file to have it written again'
+    )
+  return results
+
+
+def _searched(workdir: epath.Path, state) -> dict[str, Any] | None:
+  """The results of a search of this state, if there are any."""
+  if not (workdir / 'results.json').exists():
     return None
-  results = json.loads(path.read_text())
-  return results if results['checkpoint_step'] == int(state.step) else None
+  results = _results(workdir)
+  step = results.get('checkpoint_step')
+  return results if step == int(state.step) else None
 
 
-def _is_of(results: dict[str, Any] | None, options: settings_lib.Search):
-  """Whether results are there, and of these search settings."""
+def _is_searched(workdir: epath.Path, state, options) -> bool:
+  """Whether a search of these settings is done, as process 0 sees it."""
   wanted = json.loads(json.dumps(dataclasses.asdict(options)))
-  return results is not None and results.get('search') == wanted
+  found = (_searched(workdir, state) or {}).get('search') == wanted
+  return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
 
 
 def _extract(experiment, evaluator, state, workdir):
@@ -131,11 +154,7 @@ def _extract(experiment, evaluator, state, workdir):
 
 
 def _report(workdir: epath.Path):
-  if not (workdir / 'results.json').exists():
-    raise errors.UserError(
-      f'--workdir: wanted results.json in {workdir}, found none; use '
-      '--mode=search first'
-    )
+  _results(workdir)
   if jax.process_index() == 0:
     print(report.report(workdir))
     print(f'\nreport: {workdir / "report.html"}')

@@ -14,6 +14,7 @@ import optax
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import files
 from focusformer_jax import space as space_lib
 from focusformer_jax import state as state_lib
 
@@ -70,8 +71,7 @@ class Table:
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('all have read the table of scores')
     if whole != text and jax.process_index() == 0:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(whole)
+      files.write(path, whole)
 
   def add(self, rows: dict[tuple[str, str], Row], step: int) -> None:
     """Appends rows, which stand on disk when this returns."""

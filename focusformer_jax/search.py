@@ -27,6 +27,7 @@ from pymoo.problems.static import StaticProblem
 from focusformer_jax import cost
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import files
 from focusformer_jax import scores as scores_lib
 from focusformer_jax import settings as settings_lib
 from focusformer_jax import space as space_lib
@@ -319,7 +320,7 @@ def search(
       (folder / 'policy.json', policy),
       (workdir / 'results.json', results),
     ):
-      path.write_text(json.dumps(value, indent=2) + '\n')
+      files.write(path, json.dumps(value, indent=2) + '\n')
 
 
 def _planned(options: settings_lib.Search, budgets: int) -> int:

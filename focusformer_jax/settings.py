@@ -6,6 +6,7 @@ What each key is for stands beside its value in `configs/default.py`.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -174,6 +175,11 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Debug:
+  nans: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
   """One run, checked."""
 
@@ -192,6 +198,7 @@ class Settings:
   retrain: Retrain
   extract: Extract
   mesh: Mesh
+  debug: Debug
 
 
 def parse(config: ml_collections.ConfigDict) -> Settings:
@@ -213,6 +220,11 @@ def parse(config: ml_collections.ConfigDict) -> Settings:
     raise errors.UserError(
       f'config.curriculum.subnets: wanted at least {least} for sandwich, found '
       f'{settings.curriculum.subnets}'
+    )
+  if not (settings.train.supernet or settings.train.initial):
+    raise errors.UserError(
+      'config.train.initial: wanted weights for a supernet that does not learn '
+      '(config.train.supernet=False), found none'
     )
   if settings.data.batch_size % settings.data.repeats:
     raise errors.UserError(
@@ -274,6 +286,8 @@ def _check(key: str, wanted: Any, metadata, value: Any) -> Any:
     isinstance(value, bool) and wanted is not bool
   ):
     raise errors.UserError(f'{key}: wanted {name}, found {value!r}')
+  if isinstance(value, float) and not math.isfinite(value):
+    raise errors.UserError(f'{key}: wanted a finite number, found {value}')
   for bound, holds, words in (
     ('at_least', lambda v, b: v >= b, 'at least'),
     ('at_most', lambda v, b: v <= b, 'at most'),

@@ -4,6 +4,7 @@ Mesh axes: `data` replicates parameters, `fsdp` shards them; a batch is split
 over both.
 """
 
+import functools
 from typing import TypeVar
 
 import jax
@@ -25,6 +26,9 @@ BATCH = PartitionSpec(('data', 'fsdp'))
 def make_mesh(data: int, fsdp: int, devices=None) -> jax.sharding.Mesh:
   """A mesh of `data` x `fsdp` devices; data=-1 takes all that are there.
 
+  Devices of one process stand together, and processes in their order, so each
+  reads one consecutive part of a batch, whatever the topology of a TPU.
+
   Raises:
     UserError: the shape does not fit the number of devices.
   """
@@ -34,14 +38,14 @@ def make_mesh(data: int, fsdp: int, devices=None) -> jax.sharding.Mesh:
     data = count // fsdp
   if data * fsdp != count:
     raise errors.UserError(
-      f'config.mesh: wanted data * fsdp to be the {count} devices of this '
-      f'machine, found data={data}, fsdp={fsdp}'
+      f'config.mesh: wanted data * fsdp to be the {count} devices that are '
+      f'there, found data={data}, fsdp={fsdp}'
     )
-  return jax.make_mesh(
-    (data, fsdp),
+  devices = sorted(devices, key=lambda device: device.process_index)
+  return jax.sharding.Mesh(
+    np.array(devices).reshape(data, fsdp),
     ('data', 'fsdp'),
     axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices,
   )
 
 
@@ -87,9 +91,9 @@ def gathered(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
 
 def on_host(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
   """The whole tree as NumPy arrays in every process."""
-  return jax.device_get(
-    jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-  )
+  if mesh.shape['fsdp'] > 1:
+    tree = jax.jit(functools.partial(gathered, mesh))(tree)
+  return jax.device_get(tree)
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Tree) -> Tree:

@@ -4,6 +4,7 @@ Letters: `L` layers of the supernet.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -95,7 +96,7 @@ class SearchSpace:
       choices = getattr(self, name)
       if not choices or list(choices) != sorted(set(choices)):
         raise ValueError(f'{name}: wanted ascending choices, found {choices}')
-      if choices[0] <= 0:
+      if not 0 < choices[0] <= choices[-1] < math.inf:
         raise ValueError(f'{name}: wanted positive choices, found {choices}')
       if name != 'mlp_ratio' and any(c != int(c) for c in choices):
         raise ValueError(f'{name}: wanted whole numbers, found {choices}')
@@ -263,7 +264,7 @@ class SearchSpace:
         space, or a list is not as long as the subnet is deep.
     """
     if not isinstance(values, dict) or set(values) != set(Architecture._fields):
-      found = sorted(values) if isinstance(values, dict) else values
+      found = sorted(values) if isinstance(values, dict) else repr(values)
       raise ValueError(
         f'architecture: wanted keys {list(Architecture._fields)}, found {found}'
       )

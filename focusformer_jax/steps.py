@@ -23,7 +23,7 @@ from focusformer_jax import space as space_lib
 from focusformer_jax import state as state_lib
 from focusformer_jax import supernet as supernet_lib
 
-Metrics = dict[str, Float[Array, '']]
+Metrics = dict[str, Float[Array, ''] | Int[Array, '']]
 
 # In forward passes: the backward pass multiplies by weights and by inputs.
 FORWARD_AND_BACKWARD = 3
@@ -84,7 +84,7 @@ def supernet_step(
 
   loss, grads = jax.value_and_grad(loss_fn)(state.supernet)
   updates, optimizer = experiment.optimizer.update(
-    grads, state.optimizer, state.supernet
+    optim.refuse_if_not_finite(loss, grads), state.optimizer, state.supernet
   )
   supernet = optax.apply_updates(state.supernet, updates)
   average = state.average
@@ -113,7 +113,8 @@ def supernet_step(
     'train/loss': loss,
     'train/grad_norm': optax.tree.norm(grads),
     'train/macs_per_image': 1e9 * forward / examples,
-    'train/skipped_in_a_row': optimizer.notfinite_count.astype(jnp.float32),
+    'train/skipped_in_a_row': optimizer.notfinite_count,
+    'train/skipped': optimizer.total_notfinite,
   }
 
 
@@ -201,6 +202,8 @@ def sampler_step(
     'sampler/reward': reward_KM.mean(),
     'sampler/reward_spread': reward_KM.std(1).mean(),
     'sampler/entropy': entropy,
+    'sampler/skipped_in_a_row': optimizer.notfinite_count,
+    'sampler/skipped': optimizer.total_notfinite,
   }
 
 

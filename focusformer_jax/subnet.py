@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 from focusformer_jax import errors
+from focusformer_jax import files
 from focusformer_jax import layers
 from focusformer_jax import space as space_lib
 from focusformer_jax import supernet as supernet_lib
@@ -151,9 +152,8 @@ def save(
     'dtype': network.dtype.name,
     'geometry': dataclasses.asdict(network.geometry),
   }
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / WEIGHTS).write_bytes(safetensors.numpy.save(arrays))
-  (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n')
+  files.write(directory / WEIGHTS, safetensors.numpy.save(arrays))
+  files.write(directory / DESCRIPTION, json.dumps(description, indent=2) + '\n')
 
 
 def load(directory: epath.Path) -> tuple[VisionTransformer, dict[str, Any]]:

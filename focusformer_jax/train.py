@@ -2,13 +2,13 @@
 
 import collections
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import functools
 from importlib import metadata
 import json
 import platform
 import signal
-import threading
 import time
 from typing import TypeVar
 
@@ -17,8 +17,8 @@ from clu import metric_writers
 from clu import parameter_overview
 from clu import periodic_actions
 from etils import epath
-import grain
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from focusformer_jax import checkpoint
@@ -27,6 +27,7 @@ from focusformer_jax import data
 from focusformer_jax import errors
 from focusformer_jax import evaluate
 from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import files
 from focusformer_jax import settings as settings_lib
 from focusformer_jax import sharding
 from focusformer_jax import state as state_lib
@@ -52,7 +53,8 @@ LIBRARIES = (
 # few enough that progress says what is done and not what is asked for.
 STEPS_AHEAD = 2
 
-SKIPPED = 'train/skipped_in_a_row'
+# A loss this many times the mean of the last line of metrics is logged.
+SPIKE = 2.0
 
 
 class Preempted(Exception):
@@ -60,12 +62,16 @@ class Preempted(Exception):
 
 
 def open_checkpoints(
-  experiment: experiment_lib.Experiment, workdir: epath.Path
+  experiment: experiment_lib.Experiment,
+  workdir: epath.Path,
+  *,
+  tidy: bool = False,
 ) -> checkpoint.Checkpoints:
   return checkpoint.Checkpoints(
     workdir / CHECKPOINTS,
     experiment.facts(),
     experiment.settings.train.keep_checkpoints,
+    tidy=tidy,
   )
 
 
@@ -80,24 +86,13 @@ def is_finished(
   return latest is not None and latest >= experiment.settings.train.steps
 
 
-def train(
+def open_streams(
   experiment: experiment_lib.Experiment,
-  evaluator: evaluate.Evaluator,
-  workdir: epath.Path,
-) -> state_lib.TrainState:
-  """Trains to the last step, resuming from the newest checkpoint if there is.
-
-  Raises:
-    UserError: the checkpoint is of another run, the weights to start from do
-      not fit or are missing, or too many updates in a row were not finite.
-    Preempted: SIGTERM came; a checkpoint is written.
-  """
+) -> dict[str, data.Batches]:
+  """Batches from one part of train, and for the sampler from the other."""
   settings = experiment.settings
   process = jax.process_index(), jax.process_count()
-
-  # Data: the supernet learns from one part of train, the sampler from another.
-  heldout = experiment.dataset.split('heldout')
-  iterators = {
+  return {
     'train': data.train_batches(
       experiment.dataset.split('train'),
       settings.data.batch_size,
@@ -107,25 +102,45 @@ def train(
       workers=settings.data.workers,
     ),
     'heldout': data.train_batches(
-      heldout,
+      experiment.dataset.split('heldout'),
       settings.sampler.batch_size,
       settings.seed,
       *process,
     ),
   }
 
-  # State: the newest checkpoint if there is one, else born sharded.
-  with open_checkpoints(experiment, workdir) as checkpoints:
+
+def train(
+  experiment: experiment_lib.Experiment,
+  evaluator: evaluate.Evaluator,
+  workdir: epath.Path,
+) -> state_lib.TrainState:
+  """Trains to the last step, resuming from the newest checkpoint if there is.
+
+  Raises:
+    UserError: the workdir cannot be written, the checkpoint is of another run,
+      the weights to start from do not fit, or too many updates in a row were
+      not finite.
+    FloatingPointError: with `config.debug.nans`, and names the operation.
+    Preempted: SIGTERM came; a checkpoint is written.
+  """
+  settings = experiment.settings
+  streams = open_streams(experiment)
+  heldout = experiment.dataset.split('heldout')
+  started = (workdir / CHECKPOINTS).exists()
+  state = None if started else experiment.init_state()
+  checkpoint.claim(workdir)
+
+  with (
+    open_checkpoints(experiment, workdir, tidy=True) as checkpoints,
+    jax.debug_nans(settings.debug.nans),
+  ):
+    # State: the newest checkpoint if there is one, else born sharded.
     if checkpoints.latest_step is None:
-      if not (settings.train.supernet or settings.train.initial):
-        raise errors.UserError(
-          'config.train.initial: wanted weights for a supernet that does not '
-          'learn (config.train.supernet=False), found none'
-        )
-      state = experiment.init_state()
+      state = state or experiment.init_state()
       _log_overview(experiment, state)
     else:
-      state = checkpoints.restore(experiment.abstract_state, iterators)
+      state = checkpoints.restore(experiment.abstract_state, streams)
       logging.info('resuming %s at step %d', workdir, int(state.step))
     describe_run(experiment, workdir)
 
@@ -149,7 +164,7 @@ def train(
       )
 
     def next_batch(name):
-      return sharding.put_batch(experiment.mesh, next(iterators[name]))
+      return sharding.put_batch(experiment.mesh, next(streams[name]))
 
     def update(step, state):
       batch = next_batch(source)
@@ -167,7 +182,7 @@ def train(
       update,
       lambda state: _look(experiment, evaluator, state, heldout),
       checkpoints,
-      iterators,
+      streams,
       workdir / 'metrics',
     )
 
@@ -178,7 +193,7 @@ def loop(
   update: Callable[[int, State], tuple[State, steps.Metrics]],
   look: Callable[[State], dict[str, float]],
   checkpoints: checkpoint.Checkpoints,
-  iterators: Mapping[str, grain.DatasetIterator],
+  streams: Mapping[str, data.Batches],
   metrics: epath.Path,
   optimizer: str = 'config.optimizer',
 ) -> State:
@@ -189,46 +204,57 @@ def loop(
     state: to start from; it counts its updates as `step`.
     update: the next state and what to log, given its step and the state.
     look: scores of a state, every `eval_every` steps and at the end.
-    checkpoints: where states are saved, with the positions of `iterators`.
-    iterators: what `update` reads.
+    checkpoints: where states are saved, with the positions of `streams`.
+    streams: what `update` reads.
     metrics: gets what is logged.
     optimizer: the config section to change where updates are not finite.
 
   Raises:
-    UserError: too many updates in a row were not finite.
+    UserError: too many updates in a row were not finite, or the disk is full.
     Preempted: SIGTERM came; a checkpoint is written.
   """
-  total = settings.steps
+  total, start = settings.steps, int(state.step)
   writer = metric_writers.create_default_writer(
     metrics, just_logging=jax.process_index() != 0
   )
   progress = periodic_actions.ReportProgress(
     num_train_steps=total, every_secs=10
   )
-  pending = []
-  with _SigtermFlag() as preempted, metric_writers.ensure_flushes(writer):
-    for step in range(int(state.step) + 1, total + 1):
+  ahead, done, usual = collections.deque(), [], np.inf
+  checkpoint.wait_for_all(f'ready for {metrics}')
+  with _preemption() as preempted, metric_writers.ensure_flushes(writer):
+    # Of several processes, a signal that came before any step asks for step 1.
+    if preempted(1) or preempted(start):
+      raise Preempted(f'stopped by SIGTERM before step {start + 1}')
+    for step in range(start + 1, total + 1):
       state, logged = update(step, state)
-      pending.append(logged)
-      if len(pending) > STEPS_AHEAD:
-        jax.block_until_ready(pending[-1 - STEPS_AHEAD])
-      progress(step)
+      stop = preempted(step) and step < total
+      last = stop or step == total
 
-      last = step == total or preempted.is_set()
-      if last or step % settings.log_every == 0:
-        means = _means(pending)
+      # Metrics reach the host when the devices have computed them.
+      line = last or step % settings.log_every == 0
+      ahead.append((step, logged))
+      while len(ahead) > (0 if line else STEPS_AHEAD):
+        number, logged = ahead.popleft()
+        done.append(jax.device_get(logged))
         _stop_if_broken(
-          means, step, settings.max_skipped, checkpoints, optimizer
+          number, done[-1], settings.max_skipped, checkpoints, optimizer
         )
+      progress(step)
+      if line:
+        means = _means(done)
         writer.write_scalars(step, means)
-        pending = []
-      if step == total or step % settings.eval_every == 0:
-        writer.write_scalars(step, look(state))
+        _warn_of_spike(step, done, usual)
+        usual, done = means.get('train/loss', np.inf), []
+
       # A checkpoint is taken before the next batch is.
       if last or step % settings.checkpoint_every == 0:
-        checkpoints.save(step, state, iterators)
-      if preempted.is_set() and step < total:
+        checkpoints.save(step, state, streams)
+      if stop:
+        checkpoints.wait()
         raise Preempted(f'stopped by SIGTERM at step {step}; saved')
+      if step == total or step % settings.eval_every == 0:
+        writer.write_scalars(step, look(state))
   return state
 
 
@@ -246,13 +272,12 @@ def describe_run(
     'processes': jax.process_count(),
     'versions': {name: metadata.version(name) for name in LIBRARIES},
   }
-  workdir.mkdir(parents=True, exist_ok=True)
   for name, value in (
     ('config', dataclasses.asdict(experiment.settings)),
     ('environment', environment),
   ):
     text = json.dumps(value, indent=2) + '\n'
-    (workdir / f'{name}.json').write_text(text)
+    files.write(workdir / f'{name}.json', text)
 
 
 def _log_overview(experiment, state):
@@ -282,6 +307,8 @@ def compile_step(experiment, step, state, batch):
     state: any with the shapes and shardings of the loop's.
     batch: likewise.
   """
+  if experiment.settings.debug.nans:  # JAX then runs it again, piece by piece.
+    return jax.jit(functools.partial(step, experiment))
   start = time.monotonic()
   compiled = (
     jax.jit(functools.partial(step, experiment), donate_argnums=0)
@@ -309,40 +336,60 @@ def _values(module) -> dict:
   }
 
 
-def _means(pending: list[steps.Metrics]) -> dict[str, float]:
-  """Means of each metric over the steps that have it."""
-  values = jax.device_get(pending)
+def _means(done: list[steps.Metrics]) -> dict[str, float]:
+  """Means of each metric over the steps that have it; the last of counts."""
+  values = {
+    name: [m[name] for m in done if name in m]
+    for name in sorted(set().union(*done))
+  }
   return {
-    name: float(np.mean([v[name] for v in values if name in v]))
-    for name in sorted(set().union(*values))
-  } | {k: float(values[-1][k]) for k in values[-1] if k == SKIPPED}
+    name: float(v[-1] if 'skipped' in name else np.mean(v))
+    for name, v in values.items()
+  }
 
 
-def _stop_if_broken(means, step, limit, checkpoints, optimizer):
-  skipped = int(means.get(SKIPPED, 0))  # No supernet update, none skipped.
-  if skipped >= limit:
-    raise errors.UserError(
-      f'step {step}: the last {skipped} updates were not finite and were '
-      f'skipped; lower {optimizer}.learning_rate (the last checkpoint is at '
-      f'step {checkpoints.latest_step})'
+def _stop_if_broken(step, metrics, limit, checkpoints, optimizer):
+  for part, section in (('train', optimizer), ('sampler', 'config.sampler')):
+    skipped = int(metrics.get(f'{part}/skipped_in_a_row', 0))
+    if skipped >= limit:
+      raise errors.UserError(
+        f'step {step}: the last {skipped} updates were not finite and were '
+        f'skipped; lower {section}.learning_rate, or set config.debug.nans to '
+        f'see where (the last good checkpoint is {checkpoints.newest})'
+      )
+
+
+def _warn_of_spike(step, done, usual):
+  losses = [m.get('train/loss', 0) for m in done]
+  worst = int(np.argmax(losses))
+  if losses[worst] > SPIKE * usual:
+    logging.warning(
+      'step %d: the loss rose to %.4g from a mean of %.4g',
+      step - len(done) + 1 + worst,
+      losses[worst],
+      usual,
     )
 
 
-class _SigtermFlag:
-  """Turns SIGTERM into an event that the loop looks at between steps."""
+@contextlib.contextmanager
+def _preemption():
+  """Listens to SIGTERM; gives a function that says whether to stop at a step.
 
-  def __enter__(self) -> threading.Event:
-    event = threading.Event()
-    self._before = None
-    if threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(
-        signal.SIGTERM, lambda number, frame: event.set()
-      )
-    return event
-
-  def __exit__(self, *exception):
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+  It has to be asked after every step. One of several processes does not decide
+  alone: JAX tells all of them the same step, which none has reached yet.
+  """
+  several, signals = jax.process_count() > 1, []
+  before = signal.SIG_DFL
+  if not several:
+    before = signal.signal(signal.SIGTERM, lambda *_: signals.append(True))
+  try:
+    yield (
+      multihost_utils.reached_preemption_sync_point
+      if several
+      else lambda step: bool(signals)
+    )
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _look(

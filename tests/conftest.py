@@ -1,5 +1,7 @@
 """Eight virtual CPU devices, a compilation cache, and shared tiny things."""
 
+import functools
+import operator
 import os
 import pathlib
 import sys
@@ -24,6 +26,7 @@ from focusformer_jax import policy
 from focusformer_jax import settings as settings_lib
 from focusformer_jax import space as space_lib
 from focusformer_jax import supernet as supernet_lib
+from focusformer_jax import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = ROOT / 'tests' / 'data'
@@ -85,10 +88,10 @@ def smoke_settings(tfds_dir, **changes) -> settings_lib.Settings:
   """The digits job in a few steps; `changes` are keys with `__` for dots."""
   config = digits.get_config('smoke')
   changes = {'data__dir': tfds_dir, 'data__batch_size': 32} | changes
-  with config.unlocked():
+  with config.unlocked(), config.ignore_type():
     for key, value in changes.items():
-      section, name = key.split('__')
-      config[section][name] = value
+      *sections, name = key.split('__')
+      functools.reduce(operator.getitem, sections, config)[name] = value
   return settings_lib.parse(config)
 
 
@@ -102,3 +105,18 @@ def experiment(tfds_dir) -> experiment_lib.Experiment:
 @pytest.fixture(scope='session')
 def evaluator(experiment) -> evaluate.Evaluator:
   return evaluate.Evaluator(experiment)
+
+
+@pytest.fixture(scope='session')
+def trained(experiment, evaluator, tmp_path_factory):
+  """The workdir of a finished smoke run on one device; not to be changed."""
+  workdir = tmp_path_factory.mktemp('trained')
+  train.train(experiment, evaluator, workdir)
+  return workdir
+
+
+@pytest.fixture
+def on_one_device(monkeypatch):
+  """The command takes all devices, and programs for eight compile slowly."""
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, 'devices', lambda: devices)

@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 # From the bottom of the house to its roof; equal to docs/CONTRIBUTING.md.
 ORDER = (
   'errors',
+  'files',
   'space',
   'cost',
   'augment',

@@ -121,14 +121,6 @@ def test_weights_of_another_geometry_are_refused(job, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_frozen_supernet_needs_weights(job, tmp_path):
-  nothing = dataclasses.replace(job.settings.train, initial='')
-  other = dataclasses.replace(job.settings, train=nothing)
-  with pytest.raises(errors.UserError, match=r'config\.train\.initial: wanted'):
-    run_on_one_device(other, epath.Path(tmp_path) / 'work', 'train')
-  assert not list(tmp_path.iterdir())
-
-
 def test_extracts_within_a_budget_or_what_a_file_says(job, tmp_path):
   row = results(job.workdir)[0]
   path = tmp_path / 'architecture.json'

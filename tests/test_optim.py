@@ -76,3 +76,15 @@ def test_a_moving_average_starts_near_the_newest_weights():
   late = optim.average(0.99, jnp.int32(10_000), zeros, ones).up.get_value()
   np.testing.assert_allclose(early, 0.9, rtol=1e-6)
   np.testing.assert_allclose(late, 0.01, rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_skips_the_update():
+  optimizer = make(warmup_steps=0)
+  state, weights = optimizer.init(Weights()), Weights()
+  for loss, skipped in ((1.0, 0), (np.inf, 1), (np.nan, 2), (1.0, 0)):
+    grads = optim.refuse_if_not_finite(jnp.float32(loss), gradient(0.1, 0.1))
+    updates, state = optimizer.update(grads, state, weights)
+    assert state.notfinite_count == skipped
+    assert np.any(updates.up.get_value()) == (skipped == 0)
+    assert np.isfinite(updates.up.get_value()).all()
+  assert state.total_notfinite == 2

@@ -4,8 +4,13 @@ import collections
 import dataclasses
 import functools
 import json
+import os
+import resource
+import shutil
+import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -51,12 +56,12 @@ def test_resumes_bit_for_bit(experiment, evaluator, tmp_path, monkeypatch):
   resumed = train.train(experiment, evaluator, tmp_path / 'killed')
   # Weights, both optimizers, sampler, counts and the step.
   assert_equal(resumed, undisturbed)
-  positions = [
-    json.loads(path.read_text())
-    for path in sorted(tmp_path.glob('*/checkpoints/8/*/process*.json'))
-  ]
-  assert len(positions) == 4
-  assert positions[:2] == positions[2:]
+  for name in ('whole', 'killed'):
+    streams = train.open_streams(experiment)
+    with train.open_checkpoints(experiment, tmp_path / name) as checkpoints:
+      checkpoints.restore(experiment.abstract_state, streams)
+    positions = {name: batches.position for name, batches in streams.items()}
+    assert positions == {'train': 8, 'heldout': 5}
 
 
 def first_batches(experiment, count):
@@ -246,22 +251,76 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(
     train.train(experiment, evaluate.Evaluator(experiment), tmp_path)
 
 
-def test_a_checkpoint_of_another_space_is_refused(
-  tfds_dir, experiment, evaluator, tmp_path
+def test_sigterm_ends_the_step_in_hand_and_saves(
+  experiment, evaluator, trained, tmp_path, monkeypatch
 ):
-  train.train(experiment, evaluator, tmp_path)
-  before = sorted(tmp_path.rglob('*'))
-  other = smoke_settings(tfds_dir, space__depth=(1, 2))
-  with pytest.raises(errors.UserError, match=r'config\.space'):
-    run.run(other, tmp_path)
-  assert sorted(tmp_path.rglob('*')) == before
+  put_batch, batches = sharding.put_batch, []
+
+  def signalled_in_step_five(mesh, batch):
+    batches.append(batch)
+    if len(batches) == 6:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return put_batch(mesh, batch)
+
+  before = signal.getsignal(signal.SIGTERM)
+  monkeypatch.setattr(sharding, 'put_batch', signalled_in_step_five)
+  with pytest.raises(train.Preempted, match='at step 5; saved'):
+    train.train(experiment, evaluator, tmp_path)
+  monkeypatch.undo()
+  assert signal.getsignal(signal.SIGTERM) == before
+  resumed = train.train(experiment, evaluator, tmp_path)
+  with train.open_checkpoints(experiment, trained) as checkpoints:
+    assert_equal(resumed, checkpoints.restore(experiment.abstract_state))
 
 
-@pytest.fixture
-def on_one_device(monkeypatch):
-  """The command takes all devices, and programs for eight compile slowly."""
-  devices = jax.devices()[:1]
-  monkeypatch.setattr(jax, 'devices', lambda: devices)
+# Tensorstore goes on in a loop that Orbax has closed.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_full_disk_leaves_the_checkpoint_before(
+  experiment, trained, tmp_path
+):
+  shutil.copytree(trained / 'checkpoints', tmp_path / 'checkpoints')
+  streams = train.open_streams(experiment)
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def save_with_files_of_a_page():
+    with train.open_checkpoints(experiment, tmp_path) as checkpoints:
+      state = checkpoints.restore(experiment.abstract_state, streams)
+      resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+      checkpoints.save(9, state, streams)
+
+  try:
+    with pytest.raises(errors.UserError, match=r'checkpoints/8\)$') as caught:
+      save_with_files_of_a_page()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  assert str(caught.value).startswith('--workdir: wanted to write a checkpoint')
+  assert '\n' not in str(caught.value)
+  with train.open_checkpoints(experiment, tmp_path) as checkpoints:
+    assert checkpoints.latest_step == 8
+    checkpoints.restore(experiment.abstract_state, streams)
+
+
+def test_a_spike_of_the_loss_is_logged(monkeypatch):
+  lines = []
+  monkeypatch.setattr(train.logging, 'warning', lambda *a: lines.append(a))
+  losses = [{'train/loss': loss} for loss in (1.0, 3.0, 1.5)]
+  train._warn_of_spike(10, losses, usual=2.0)
+  assert not lines
+  train._warn_of_spike(10, losses, usual=1.25)
+  assert [line[1:] for line in lines] == [(9, 3.0, 1.25)]
+
+
+def test_nans_are_found_where_they_come_from(tfds_dir, tmp_path, monkeypatch):
+  experiment = experiment_lib.create(
+    smoke_settings(tfds_dir, debug__nans=True), devices=jax.devices()[:1]
+  )
+
+  def step(experiment, state, batch):
+    return state, {'train/loss': jnp.log(-1.0 - state.step)}
+
+  monkeypatch.setattr(steps, 'supernet_step', step)
+  with pytest.raises(FloatingPointError, match=r'nan.*log'):
+    train.train(experiment, evaluate.Evaluator(experiment), tmp_path)
 
 
 @pytest.fixture
@@ -286,6 +345,8 @@ def test_digits_end_to_end(tfds_dir, tmp_path, capsys, on_one_device, compiled):
   assert {name: compiled[f'jit({name})'] for name in ours} == (
     dict.fromkeys(ours, 1)
   ), compiled
+  # Other tests save the same arrays.
+  assert compiled['jit(_checksums)'] <= 1
   results = json.loads((tmp_path / 'results.json').read_text())
   assert len(results['budgets']) >= 5
   for row in results['budgets'] + results['rivals']:

@@ -1,0 +1,338 @@
+"""Runs one job as 1, 2 and 4 processes and compares what comes out.
+
+  python benchmarks/multiprocess.py
+
+Real processes on this machine, joined as on a pod: `jax.distributed`, CPU
+devices, gloo for collectives. Each part prints a Markdown table; the script
+exits 1 if a row does not hold.
+
+Layouts: digits in 20 steps on 4 devices as 1 x 4, 2 x 2 and 4 x 1 (processes x
+devices of each), and once more with sharded parameters. The global batches
+have to be equal, losses to agree within 1e-5 at every step, and `results.json`
+within 1e-5 in numbers and exactly in all else.
+
+Elsewhere: the checkpoint of step 10 of a run on 8 devices (2 x 4) goes on with
+other numbers of processes and devices and other meshes.
+
+Preemption: one of two processes gets SIGTERM; both save the same step and exit
+0, and the next start ends with the weights of an undisturbed run, bit for bit.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# Compiling takes longer than these few steps, so let LLVM do less of it.
+os.environ.setdefault(
+  'XLA_FLAGS',
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
+)
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import tensorflow as tf
+
+from configs import digits
+from focusformer_jax import experiment as experiment_lib
+from focusformer_jax import settings as settings_lib
+from focusformer_jax import sharding
+from focusformer_jax import state as state_lib
+from focusformer_jax import train
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+STEPS, MIDDLE, TOLERANCE = 20, 10, 1e-5
+JOB = {
+  'data.batch_size': 32,
+  'train.steps': STEPS,
+  'train.log_every': 1,
+  'train.eval_every': MIDDLE,
+  'train.checkpoint_every': MIDDLE,
+}
+
+
+def flags(job: dict[str, int]) -> list[str]:
+  """The smoke variant of digits with changed keys."""
+  changes = [f'--config.{key}={value}' for key, value in job.items()]
+  return ['--config=configs/digits.py:smoke', *changes]
+
+
+def experiment(job: dict[str, int]) -> experiment_lib.Experiment:
+  """The same job in this process."""
+  config = digits.get_config('smoke')
+  with config.unlocked():
+    config.update_from_flattened_dict(job)
+  return experiment_lib.create(settings_lib.parse(config))
+
+
+def saved_state(job: dict[str, int], workdir: pathlib.Path):
+  """The newest checkpoint, restored on the devices of this process."""
+  mine = experiment(job)
+  with train.open_checkpoints(mine, epath.Path(workdir)) as checkpoints:
+    return checkpoints.restore(mine.abstract_state)
+
+
+def equal(one: state_lib.TrainState, other: state_lib.TrainState) -> bool:
+  """Whether two states agree in every bit."""
+  leaves = (jax.tree.leaves(state) for state in (one, other))
+  return all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
+
+
+def start(
+  processes: int, devices: int, *command: str
+) -> list[subprocess.Popen]:
+  """Starts a Python program as several processes of one job."""
+  environment = os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_NUM_CPU_DEVICES': str(devices),
+  }
+  join = ()
+  if processes > 1:
+    with socket.socket() as found:
+      found.bind(('localhost', 0))
+      port = found.getsockname()[1]
+    join = (
+      f'--coordinator_address=localhost:{port}',
+      f'--num_processes={processes}',
+    )
+  return [
+    subprocess.Popen(
+      [sys.executable, *command, *join]
+      + ([f'--process_id={i}'] if join else []),
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(processes)
+  ]
+
+
+def finish(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+  """Exit code, output and errors of each process."""
+  try:
+    texts = [process.communicate(timeout=600) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  return [
+    (process.returncode, *text)
+    for process, text in zip(started, texts, strict=True)
+  ]
+
+
+def run(processes: int, devices: int, *command: str) -> str:
+  """What process 0 prints.
+
+  Raises:
+    RuntimeError: a process did not exit with 0.
+  """
+  ended = finish(start(processes, devices, *command))
+  for i, (code, _, error) in enumerate(ended):
+    if code:
+      raise RuntimeError(f'process {i} exited with {code}:\n{error[-3000:]}')
+  return ended[0][1]
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+  """The training loss of every step that was written."""
+  found = {}
+  paths = sorted(map(str, (workdir / 'metrics').glob('events*')))
+  for record in tf.data.TFRecordDataset(paths) if paths else ():
+    event = tf.compat.v1.Event.FromString(record.numpy())
+    for value in event.summary.value:
+      if value.tag == 'train/loss':
+        found[event.step] = float(tf.make_ndarray(value.tensor))
+  return found
+
+
+def results(workdir: pathlib.Path) -> dict:
+  return json.loads((workdir / 'results.json').read_text())
+
+
+def deviation(one, other) -> float:
+  """The largest difference of two numbers in equal places; inf elsewhere."""
+  if (
+    isinstance(one, dict) and isinstance(other, dict) and set(one) == set(other)
+  ):
+    return max((deviation(one[k], other[k]) for k in one), default=0.0)
+  if (
+    isinstance(one, list) and isinstance(other, list) and len(one) == len(other)
+  ):
+    return max(map(deviation, one, other), default=0.0)
+  if isinstance(one, float) and isinstance(other, float):
+    return abs(one - other)
+  return 0.0 if one == other else np.inf
+
+
+def batches(printed: str) -> list[str]:
+  """The lines of `print_batches`; gloo prints others in between."""
+  return [
+    line
+    for line in printed.splitlines()
+    if line.startswith(('train ', 'heldout '))
+  ]
+
+
+def print_batches(given):
+  """As one of several processes: prints a checksum of each global batch."""
+  if given.num_processes:
+    jax.distributed.initialize(
+      given.coordinator_address, given.num_processes, given.process_id
+    )
+  mine = experiment(JOB)
+  for name, stream in train.open_streams(mine).items():
+    for _ in range(STEPS):
+      batch = sharding.put_batch(mine.mesh, next(stream))
+      batch = multihost_utils.process_allgather(batch, tiled=True)
+      sums = [zlib.crc32(batch[key].tobytes()) for key in sorted(batch)]
+      if jax.process_index() == 0:
+        print(name, *sums)
+
+
+def layouts(folder: pathlib.Path) -> bool:
+  print('| processes x devices | fsdp | batches | losses | results.json |')
+  print('| --- | --- | --- | --- | --- |')
+  held, reference = True, None
+  for processes, devices, fsdp in ((1, 4, 1), (2, 2, 1), (4, 1, 1), (2, 2, 2)):
+    workdir = folder / f'{processes}x{devices}_{fsdp}'
+    run(
+      processes,
+      devices,
+      'main.py',
+      *flags(JOB | {'mesh.fsdp': fsdp}),
+      f'--workdir={workdir}',
+    )
+    found = (
+      batches(
+        run(
+          processes, devices, str(pathlib.Path(__file__).resolve()), '--batches'
+        )
+      ),
+      losses(workdir),
+      results(workdir),
+    )
+    reference = reference or found
+    same = len(found[0]) == 2 * STEPS and found[0] == reference[0]
+    apart = [deviation(found[i], reference[i]) for i in (1, 2)]
+    held &= same and len(found[1]) == STEPS and max(apart) <= TOLERANCE
+    print(
+      f'| {processes} x {devices} | {fsdp} | {"equal" if same else "OTHER"} | '
+      f'{apart[0]:.1e} | {apart[1]:.1e} |',
+      flush=True,
+    )
+  return held
+
+
+def elsewhere(folder: pathlib.Path) -> bool:
+  origin = folder / 'origin'
+  run(2, 4, 'main.py', *flags(JOB | {'mesh.fsdp': 2}), f'--workdir={origin}')
+  wanted = losses(origin)
+  print('\n| from 2 x 4, mesh 4 x 2, to | mesh | losses of the last 10 steps |')
+  print('| --- | --- | --- |')
+  print('| 2 x 4 | 4 x 2 | 0 |')
+  held = True
+  for processes, devices, fsdp in ((1, 1, 1), (1, 2, 2), (2, 2, 4)):
+    workdir = folder / f'from_8_to_{processes}x{devices}_{fsdp}'
+    shutil.copytree(
+      origin / 'checkpoints' / str(MIDDLE),
+      workdir / 'checkpoints' / str(MIDDLE),
+    )
+    run(
+      processes,
+      devices,
+      'main.py',
+      *flags(JOB | {'mesh.fsdp': fsdp}),
+      '--mode=train',
+      f'--workdir={workdir}',
+    )
+    found = losses(workdir)
+    apart = deviation(
+      found, {step: wanted[step] for step in range(MIDDLE + 1, STEPS + 1)}
+    )
+    held &= apart <= TOLERANCE
+    print(
+      f'| {processes} x {devices} | {processes * devices // fsdp} x {fsdp} | '
+      f'{apart:.1e} |',
+      flush=True,
+    )
+  return held
+
+
+def preemption(folder: pathlib.Path) -> bool:
+  steps = 300
+  job = JOB | {
+    'train.steps': steps,
+    'train.log_every': 20,
+    'train.eval_every': steps,
+    'train.checkpoint_every': steps,
+  }
+  command = 'main.py', *flags(job), '--mode=train'
+  whole, stopped = folder / 'whole', folder / 'stopped'
+  run(2, 2, *command, f'--workdir={whole}')
+  print('\n| SIGTERM to | exit codes | saved step | weights at the end |')
+  print('| --- | --- | --- | --- |')
+  held = True
+  for victim in (0, 1):
+    shutil.rmtree(stopped, ignore_errors=True)
+    started = start(2, 2, *command, f'--workdir={stopped}')
+    while not any(
+      path.stat().st_size > 1000 for path in stopped.glob('metrics/events*')
+    ):
+      time.sleep(0.1)
+    started[victim].send_signal(signal.SIGTERM)
+    ended = finish(started)
+    codes = [code for code, _, _ in ended]
+    saved = [int(p.name) for p in (stopped / 'checkpoints').glob('[0-9]*')]
+    run(2, 2, *command, f'--workdir={stopped}')
+    same = equal(saved_state(job, whole), saved_state(job, stopped))
+    held &= codes == [0, 0] and len(saved) == 1 and saved[0] < steps and same
+    print(
+      f'| process {victim} of 2 | {codes} | {saved} | '
+      f'{"equal" if same else "DIFFERENT"} |',
+      flush=True,
+    )
+  return held
+
+
+PARTS = {f.__name__: f for f in (layouts, elsewhere, preemption)}
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--only', choices=PARTS, nargs='+', default=list(PARTS))
+  # What this program gives itself.
+  parser.add_argument('--batches', action='store_true', help=argparse.SUPPRESS)
+  for name, kind in (
+    ('coordinator_address', str),
+    ('num_processes', int),
+    ('process_id', int),
+  ):
+    parser.add_argument(f'--{name}', type=kind, help=argparse.SUPPRESS)
+  given = parser.parse_args()
+  if given.batches:
+    print_batches(given)
+    return 0
+  with tempfile.TemporaryDirectory() as folder:
+    held = [PARTS[name](pathlib.Path(folder)) for name in given.only]
+  return 0 if all(held) else 1
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,272 @@
+"""Whatever is wrong, one line says what was wanted, found and where.
+
+Nothing is written before it is said.
+"""
+
+import shutil
+import sys
+
+from absl import flags
+import jax
+import numpy as np
+import pytest
+
+from focusformer_jax import data
+from focusformer_jax import errors
+from focusformer_jax import run
+from focusformer_jax import train
+from tests.conftest import smoke_settings
+
+
+def contents(folder) -> dict[str, bytes | None]:
+  return {
+    str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+    for path in folder.rglob('*')
+  }
+
+
+def complaint(key, call, *arguments) -> str:
+  """The one line that `call` ends with; it names `key`."""
+  with pytest.raises(errors.UserError) as caught:
+    call(*arguments)
+  line = str(caught.value)
+  assert '\n' not in line
+  assert key in line
+  assert 'wanted' in line
+  assert 'found' in line or 'no such key' in line
+  return line
+
+
+@pytest.mark.parametrize(
+  'key, value',
+  [
+    ('train.no_such_key', 1),
+    ('seed', 2**0.5),
+    ('data.image_size', 0),
+    ('data.batch_size', 'many'),
+    ('data.workers', -1),
+    ('data.heldout', float('nan')),
+    ('supernet.execution', 'fast'),
+    ('supernet.pool', None),
+    ('supernet.drop_path', 1.0),
+    ('optimizer.learning_rate', 0.0),
+    ('optimizer.learning_rate', float('inf')),
+    ('optimizer.accumulate', 0),
+    ('curriculum.warmup', 1.5),
+    ('curriculum.epsilon', '0.1'),
+    ('sampler.cost', 'watts'),
+    ('sampler.hidden', (64, 'x')),
+    ('sampler.bins', 0),
+    ('train.keep_checkpoints', 0),
+    ('train.max_skipped', 0),
+    ('search.budgets', 1e6),
+    ('search.budgets', (1e6, float('inf'))),
+    ('search.random', 0),
+    ('mesh.fsdp', 0),
+    ('debug.nans', 1),
+    ('augment.mixup', -0.1),
+    ('augment.resized_crop', (0.5,)),
+    ('space.depth', ()),
+    ('space.embed_dim', (64, 24)),
+    ('space.mlp_ratio', (1.0, float('inf'))),
+    ('space.num_heads', (0, 1)),
+    ('distillation.temperature', 0.0),
+    ('train.supernet', False),
+    ('search.method', 'hill climbing'),
+    ('search.children', 0.8),
+    ('extract.budget', -1.0),
+    ('curriculum.candidates', 1),
+    ('sampler.reward', 'fame'),
+  ],
+)
+def test_a_wrong_config(tfds_dir, key, value):
+  complaint(
+    f'config.{key}',
+    lambda: smoke_settings(tfds_dir, **{key.replace('.', '__'): value}),
+  )
+
+
+@pytest.mark.parametrize(
+  'key, changes',
+  [
+    ('config.data.name', {'data__name': 'no_such_set'}),
+    ('config.data.name', {'data__name': ''}),
+    ('config.data.name', {'data__name': 'mnist:9.9.9'}),
+    ('config.data.name', {'data__name': '../sklearn_digits'}),
+    ('config.data.test', {'data__test': 'exam'}),
+    ('config.data.dir', {'data__name': 'image_folder'}),
+    ('batch_size', {'data__batch_size': 4096}),
+    ('batch_size', {'sampler__batch_size': 256}),
+    ('config.mesh', {'mesh__data': 5}),
+    ('config.data.batch_size', {'data__batch_size': 4}),
+    ('config.sampler.bins', {'sampler__bins': 2}),
+    ('config.space', {'space__embed_dim': (24, 1_000_003)}),
+    ('config.search.budgets', {'search__budgets': (10.0,)}),
+    ('config.supernet.patch_size', {'supernet__patch_size': 5}),
+  ],
+)
+def test_a_config_that_does_not_fit(tfds_dir, tmp_path, key, changes):
+  workdir = tmp_path / 'new'
+  complaint(key, run.run, smoke_settings(tfds_dir, **changes), workdir)
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  'key, changes',
+  [
+    ('config.seed', {'seed': 1}),
+    ('config.space', {'space__depth': (1, 2)}),
+    ('config.data.heldout', {'data__heldout': 0.2}),
+    ('config.supernet.patch_size', {'supernet__patch_size': 4}),
+    ('config.sampler.hidden', {'sampler__hidden': (8,)}),
+    ('config.optimizer.ema', {'optimizer__ema': 0.9}),
+  ],
+)
+def test_a_checkpoint_of_another_config(
+  tfds_dir, trained, on_one_device, key, changes
+):
+  before = contents(trained)
+  settings = smoke_settings(tfds_dir, **changes)
+  complaint(key, run.run, settings, trained)
+  assert contents(trained) == before
+
+
+def test_a_data_set_that_changed(tfds_dir, trained, on_one_device, monkeypatch):
+  real = data.open_dataset
+
+  def with_an_image_more(*arguments):
+    dataset = real(*arguments)
+    dataset.contents['images']['train'] += 1
+    return dataset
+
+  before = contents(trained)
+  monkeypatch.setattr(data, 'open_dataset', with_an_image_more)
+  line = complaint(
+    'config.data', run.run, smoke_settings(tfds_dir), trained, 'train'
+  )
+  assert "'train': 1438" in line
+  assert "'train': 1437" in line
+  assert contents(trained) == before
+
+
+@pytest.mark.parametrize(
+  'key, mode, prepare',
+  [
+    ('--workdir', 'search', lambda workdir: None),
+    ('--workdir', 'extract', lambda workdir: None),
+    ('--workdir', 'report', lambda workdir: None),
+    ('--workdir', 'train', lambda workdir: workdir.write_text('a file')),
+    (
+      'results.json',
+      'report',
+      lambda workdir: [
+        workdir.mkdir(),
+        (workdir / 'results.json').write_text('{"budg'),
+      ],
+    ),
+    (
+      'results.json',
+      'report',
+      lambda workdir: [
+        workdir.mkdir(),
+        (workdir / 'results.json').write_text('[]'),
+      ],
+    ),
+  ],
+)
+def test_a_wrong_workdir(tfds_dir, tmp_path, on_one_device, key, mode, prepare):
+  prepare(tmp_path / 'run')
+  before = contents(tmp_path)
+  complaint(key, run.run, smoke_settings(tfds_dir), tmp_path / 'run', mode)
+  assert contents(tmp_path) == before
+
+
+def empty(content):
+  return b''
+
+
+def cut(content):
+  return content[: len(content) // 2]
+
+
+def change(content):
+  middle = len(content) // 2
+  return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize('fault', [None, empty, cut, change])
+def test_a_damaged_checkpoint(experiment, trained, tmp_path, fault):
+  wanted = leaves(experiment, trained)
+  newest = trained / 'checkpoints' / '8'
+  files = sorted(p.relative_to(trained) for p in newest.rglob('*'))
+  told = 0
+  for file in files:
+    if (trained / file).is_dir():
+      continue
+    workdir = tmp_path / 'damaged'
+    shutil.copytree(trained / 'checkpoints', workdir / 'checkpoints')
+    if fault is None:
+      (workdir / file).unlink()
+    else:
+      (workdir / file).write_bytes(fault((workdir / file).read_bytes()))
+    before = contents(workdir)
+    try:
+      found, line = leaves(experiment, workdir), ''
+    except errors.UserError as error:
+      found, line = wanted, str(error)
+    # Not every file is needed, but nothing else may come out.
+    for a, b in zip(found, wanted, strict=True):
+      assert np.array_equal(a, b), file
+    assert '\n' not in line
+    assert not line or 'checkpoints/8' in line
+    told += bool(line)
+    assert contents(workdir) == before
+    # Without the damaged one, the checkpoint before it is used.
+    shutil.rmtree(workdir / 'checkpoints' / '8')
+    assert leaves(experiment, workdir)[0] == 4
+    shutil.rmtree(workdir)
+  assert told
+
+
+def leaves(experiment, workdir):
+  with train.open_checkpoints(experiment, workdir) as checkpoints:
+    state = checkpoints.restore(
+      experiment.abstract_state, train.open_streams(experiment)
+    )
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections'
+@pytest.mark.parametrize(
+  'argv, message',
+  [
+    ([], 'flag --config=None'),
+    (['--config=nowhere.py'], 'nowhere.py'),
+    (['--config=configs/digits.py:huge'], 'wanted base or smoke, found huge'),
+    (['--config=configs/digits.py', '--mode=dance'], 'flag --mode=dance'),
+    (['--config=configs/digits.py', '--wordkir=x'], "flag 'wordkir'"),
+    (
+      ['--config=configs/digits.py', '--config.train.steps=many'],
+      '--config.train.steps',
+    ),
+    (['--config=configs/digits.py', '--config.train.stops=1'], 'no such key'),
+    (['--config=configs/digits.py', '--num_processes=two'], 'num_processes'),
+  ],
+)
+def test_wrong_flags(argv, message, monkeypatch):
+  import main
+
+  argv = ['main.py', *argv, '--workdir=/nowhere']
+  # Overrides of a config are looked up there.
+  monkeypatch.setattr(sys, 'argv', argv)
+  flags.mark_flags_as_required(['config', 'workdir'])
+  flags.FLAGS.unparse_flags()
+  try:
+    with pytest.raises(SystemExit) as caught:
+      main._parse_flags(argv)
+  finally:
+    flags.FLAGS.mark_as_parsed()
+  line = str(caught.value)
+  assert line.startswith('error: ')
+  assert message in line
+  assert '\n' not in line

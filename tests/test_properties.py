@@ -1,0 +1,252 @@
+"""Properties of random small spaces, and whatever comes in from outside."""
+
+import itertools
+import math
+
+from hypothesis import HealthCheck
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from focusformer_jax import convert
+from focusformer_jax import cost
+from focusformer_jax import errors
+from focusformer_jax import policy
+from focusformer_jax import settings as settings_lib
+from focusformer_jax import space as space_lib
+from tests.conftest import TINY, make_supernet
+
+# The same examples in every run; a space of another size compiles anew.
+QUICK = settings(
+  derandomize=True,
+  deadline=None,
+  database=None,
+  max_examples=100,
+  suppress_health_check=list(HealthCheck),
+)
+SLOW = settings(QUICK, max_examples=3)
+
+
+def choices(values, most=3):
+  return st.lists(values, min_size=1, max_size=most, unique=True).map(
+    lambda chosen: tuple(sorted(chosen))
+  )
+
+
+@st.composite
+def spaces(draw, layers=3):
+  return space_lib.SearchSpace(
+    embed_dim=draw(choices(st.integers(1, 40))),
+    depth=draw(choices(st.integers(1, layers), most=2)),
+    num_heads=draw(choices(st.integers(1, 6), most=2)),
+    mlp_ratio=draw(choices(st.sampled_from([0.5, 1.0, 2.5, 4.0]), most=2)),
+    head_dim=draw(st.integers(1, 8)),
+  )
+
+
+@st.composite
+def geometries(draw):
+  patch = draw(st.integers(1, 4))
+  return space_lib.Geometry(
+    image_size=patch * draw(st.integers(1, 4)),
+    patch_size=patch,
+    channels=draw(st.sampled_from([1, 3])),
+    num_classes=draw(st.integers(1, 20)),
+    max_relative_position=draw(st.integers(1, 5)),
+  )
+
+
+def all_values(space):
+  """Every architecture of a space, as JSON."""
+  for depth, embed_dim in itertools.product(space.depth, space.embed_dim):
+    for heads in itertools.product(space.num_heads, repeat=depth):
+      for ratios in itertools.product(space.mlp_ratio, repeat=depth):
+        yield {
+          'depth': depth,
+          'embed_dim': embed_dim,
+          'num_heads': list(heads),
+          'mlp_ratio': list(ratios),
+        }
+
+
+def by_hand(table, space, values) -> int:
+  """A cost summed in Python."""
+  e = space.embed_dim.index(values['embed_dim'])
+  return int(table.stem_E[e]) + sum(
+    int(table.attention_EH[e, space.num_heads.index(heads)])
+    + int(table.mlp_ER[e, space.mlp_ratio.index(ratio)])
+    for heads, ratio in zip(
+      values['num_heads'], values['mlp_ratio'], strict=True
+    )
+  )
+
+
+@QUICK
+@given(spaces(), st.data())
+def test_every_architecture_survives_json(space, data):
+  every = list(all_values(space))
+  assert len(every) == space.num_architectures
+  values = data.draw(st.sampled_from(every))
+  assert space.to_json(space.from_json(values)) == values
+
+
+@QUICK
+@given(spaces(), geometries(), st.sampled_from([cost.macs, cost.params]))
+def test_costs_are_those_of_their_parts(space, geometry, make):
+  table = make(space, geometry)
+  every = [by_hand(table, space, values) for values in all_values(space)]
+  assert (table.minimum, table.maximum) == (min(every), max(every))
+  assert math.gcd(*every) % table.unit == 0
+  for budget in (table.minimum, table.maximum, table.maximum + 0.5):
+    units = table.within(budget)
+    assert units * table.unit <= budget < (units + 1) * table.unit
+
+
+@QUICK
+@given(spaces(), geometries(), st.data())
+def test_more_of_anything_never_costs_less(space, geometry, data):
+  table = cost.macs(space, geometry)
+  values = data.draw(st.sampled_from(list(all_values(space))))
+  arch = space.from_json(values)
+  for name in ('embed_dim', 'num_heads', 'mlp_ratio'):
+    last = len(getattr(space, name)) - 1
+    more = arch._replace(**{name: np.minimum(getattr(arch, name) + 1, last)})
+    assert by_hand(table, space, space.to_json(more)) >= by_hand(
+      table, space, values
+    )
+
+
+@SLOW
+@given(spaces(layers=2), geometries(), st.integers(4, 64), st.data())
+def test_policies_keep_to_their_budget(space, geometry, bins, data):
+  table = cost.macs(space, geometry)
+  budgets = policy.Budgets(table, bins)
+  archs = space_lib.stack([space.from_json(v) for v in all_values(space)])
+  units = np.asarray(table.units(archs))
+  budget = data.draw(st.integers(*budgets.range))
+  leaves, treedef = jax.tree.flatten(policy.architecture_weights(space))
+  rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+  weights = jax.tree.unflatten(
+    treedef, [jnp.float32(rng.normal(size=leaf.shape)) for leaf in leaves]
+  )
+
+  @jax.jit
+  def look(budget):
+    return (
+      policy.decode(weights, budgets, budget),
+      policy.sample(jax.random.key(0), weights, budgets, budget, 16),
+      policy.log_prob(weights, space, budgets, budget, archs),
+      policy.entropy(weights, budgets, budget),
+    )
+
+  decoded, drawn, log_prob, entropy = look(jnp.int32(budget))
+  assert table.units(decoded) <= budget
+  assert (np.asarray(table.units(drawn)) <= budget).all()
+  # Rounding up to bins may leave some out that are within, never one more.
+  probs = np.exp(log_prob)[units <= budget]
+  assert probs.sum() >= 1 - 1e-4
+  exact = (budgets.bin_E == _gcd_of_excess(table)).all()
+  if exact:
+    assert probs.sum() == pytest.approx(1, abs=1e-4)
+    assert entropy == pytest.approx(-(probs * np.log(probs)).sum(), abs=1e-3)
+  space.from_json(space.to_json(decoded))
+
+
+def _gcd_of_excess(table):
+  """The widest bin of each width that rounds nothing."""
+  halves = table.attention_EH // table.unit, table.mlp_ER // table.unit
+  excess = np.concatenate(
+    [half - half.min(axis=1, keepdims=True) for half in halves], axis=1
+  )
+  return np.maximum(np.gcd.reduce(excess, axis=1), 1)
+
+
+json_values = st.recursive(
+  st.none()
+  | st.booleans()
+  | st.integers()
+  | st.floats()
+  | st.text('abc\n', max_size=5)
+  | st.sampled_from([*TINY.depth, *TINY.embed_dim, *TINY.mlp_ratio]),
+  lambda inner: (
+    st.lists(inner, max_size=3)
+    | st.dictionaries(st.text('abc', max_size=5), inner, max_size=3)
+  ),
+  max_leaves=5,
+)
+
+
+@QUICK
+@given(
+  json_values
+  | st.fixed_dictionaries(
+    dict.fromkeys(space_lib.Architecture._fields, json_values)
+  )
+)
+def test_any_json_is_an_architecture_or_refused(values):
+  try:
+    found, line = TINY.to_json(TINY.from_json(values)), ''
+  except ValueError as error:
+    found, line = values, str(error)
+  assert found == values
+  assert '\n' not in line
+
+
+KEYS = [
+  f'{section}.{name}'
+  for section, values in digits.get_config('smoke').to_dict().items()
+  if isinstance(values, dict)
+  for name in values
+]
+
+
+@QUICK
+@given(st.sampled_from(KEYS), json_values | st.tuples(json_values, json_values))
+def test_any_override_is_taken_or_refused(key, value):
+  config = digits.get_config('smoke')
+  section, name = key.split('.')
+  with config.unlocked(), config.ignore_type():
+    config[section][name] = value
+  try:
+    settings_lib.parse(config)
+  except errors.UserError as error:
+    line = str(error)
+  else:
+    line = f'config.{key}'
+  assert f'config.{section}' in line
+  assert '\n' not in line
+
+
+@pytest.fixture(scope='module')
+def supernet():
+  return jax.eval_shape(make_supernet)
+
+
+@QUICK
+@given(
+  st.dictionaries(
+    st.sampled_from(
+      [
+        'patch_embed_super.proj.weight',
+        'patch_embed_super.proj.bias',
+        'cls_token',
+        'pos_embed',
+        'head.weight',
+        'head.bias',
+        'norm.weight',
+        'norm.bias',
+        'blocks.0.attn.qkv.weight',
+      ]
+    ),
+    st.lists(st.integers(0, 3), max_size=4).map(np.zeros) | st.just('weights'),
+    min_size=7,
+  )
+)
+def test_any_state_dict_is_taken_or_refused(supernet, state_dict):
+  with pytest.raises(ValueError):
+    convert.from_autoformer(state_dict, supernet)
