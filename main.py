@@ -84,7 +84,8 @@ def _join_processes():
     return
   # A signal to stop is for training, which saves; other modes just end.
   jax.config.update(
-    'jax_enable_preemption_service', MODE.value in ('run', 'train')
+    'jax_enable_preemption_service',
+    MODE.value in ('run', 'train', 'retrain'),
   )
   try:
     jax.distributed.initialize(*given)
