@@ -132,7 +132,15 @@ def augmentation(config, images: int, rounds: int) -> tuple[float, float]:
   # Only shapes matter, so no data set is opened.
   classes, size = 100, settings.data.image_size
   dataset = data.Dataset(
-    settings.data.name, classes, 3, False, None, (), 0.1, 'test'
+    name=settings.data.name,
+    classes=tuple(map(str, range(classes))),
+    channels=3,
+    encoded=False,
+    open_split=None,
+    splits=(),
+    contents={},
+    heldout=0.1,
+    test='test',
   )
   experiment = experiment_lib.Experiment(
     settings, dataset, sharding.make_mesh(-1, 1, jax.devices()[:1])
