@@ -243,6 +243,7 @@ def _prefix(name: str, array: np.ndarray | None, wanted: tuple[int, ...]):
   """
   if array is None:
     raise ValueError(f'wanted {name} of shape {wanted}, found no such tensor')
+  array = np.asarray(array)
   widths = () if 'embeddings_table' in name else WIDTHS.get(name, (0, 1))
   fits = array.ndim == len(wanted) and all(
     found == size or (found > size and axis in widths)
