@@ -24,7 +24,7 @@ def saved(tmp_path):
 
 def test_loads_what_was_saved(saved):
   directory, network = saved
-  loaded = subnet.load(directory)
+  loaded, described = subnet.load(directory)
   # The tree's structure holds pool, dtype, geometry and names too.
   assert jax.tree.structure(loaded) == jax.tree.structure(network)
   for a, b in zip(
@@ -35,6 +35,7 @@ def test_loads_what_was_saved(saved):
   description = json.loads((directory / 'architecture.json').read_text())
   assert description['depth'] == len(loaded.blocks) == 2
   assert description['dtype'] == 'bfloat16'
+  assert described == description
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_loads_what_was_saved(saved):
       {'embed_dim': 8},
       'blocks.0.attention.key of shape (8, 2, 4), found (12, 2',
     ),
-    ({'num_heads': [2, 2, 2], 'mlp_ratio': [1.0] * 3}, 'found nothing'),
+    ({'num_heads': [2, 2, 2], 'mlp_ratio': [2.5] * 3}, 'found nothing'),
     ({'num_heads': [2]}, 'found zip() argument 2 is longer'),
     ({'geometry': {}}, 'found Geometry.__init__() missing'),
   ],
