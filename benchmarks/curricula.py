@@ -273,7 +273,11 @@ def main():
   runs = {name: [] for name in args.only}
   for seed in range(args.seeds):
     for name in args.only:
-      folder = args.workdir / args.job / f'{name}-{seed}'.replace(', ', '-')
+      folder = (
+        args.workdir
+        / args.job
+        / f'{name}-{seed}'.replace(', ', '-').replace(' ', '_')
+      )
       print(f'{name}, seed {seed}', flush=True)
       runs[name].append(outcome(settings_of(args.job, name, seed), folder))
 

@@ -54,7 +54,7 @@ LIBRARIES = (
 STEPS_AHEAD = 2
 
 # A loss this many times the mean of the last line of metrics is logged.
-SPIKE = 2.0
+SPIKE = 4.0
 
 
 class Preempted(Exception):
