@@ -170,6 +170,7 @@ def test_the_artefact_takes_any_number_of_images_on_any_platform(job):
 
 
 def test_onnx(job):
+  pytest.importorskip('jax2onnx')
   onnxruntime = pytest.importorskip('onnxruntime')
   session = onnxruntime.InferenceSession(
     (job.directory / 'model.onnx').read_bytes()
