@@ -28,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from absl import flags
 from absl import logging
 from etils import epath
+import jax
 import matplotlib
 import numpy as np
 from pymoo.indicators import hv
@@ -268,6 +269,10 @@ def main():
     parser.error(f'--seeds: wanted at least 2, found {args.seeds}')
   flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
   logging.set_verbosity(logging.WARNING)
+  if jax.config.jax_compilation_cache_dir is None:  # Seeds share programs.
+    jax.config.update(
+      'jax_compilation_cache_dir', str(args.workdir / 'compiled')
+    )
 
   # Seeds take turns, so that what is there first is a whole comparison.
   runs = {name: [] for name in args.only}

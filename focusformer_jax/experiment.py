@@ -152,12 +152,16 @@ class Experiment:
   def policy_optimizer(self):
     return optim.policy_optimizer(self.settings.sampler)
 
-  def _init(self) -> state_lib.TrainState:
+  @property
+  def _seed(self) -> np.uint32:
+    return np.uint32(self.settings.seed)
+
+  def _init(self, seed: jax.Array) -> state_lib.TrainState:
     supernet, policy = self.settings.supernet, self.settings.sampler
 
     def rngs(part: int) -> nnx.Rngs:
       return nnx.Rngs(
-        state_lib.stream_key(self.settings.seed, state_lib.Stream.INIT, part)
+        state_lib.stream_key(seed, state_lib.Stream.INIT, part)
       )
 
     net = supernet_lib.Supernet(
@@ -176,6 +180,7 @@ class Experiment:
     )
     return state_lib.TrainState(
       step=jnp.int32(0),
+      seed=jnp.copy(seed),
       supernet=net,
       optimizer=self.optimizer.init(net),
       # An array of its own: the state is donated.
@@ -189,7 +194,7 @@ class Experiment:
   @functools.cached_property
   def abstract_state(self) -> state_lib.TrainState:
     """Shapes, dtypes and shardings of the state, without values."""
-    abstract = jax.eval_shape(self._init)
+    abstract = jax.eval_shape(self._init, self._seed)
     return jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding
@@ -218,7 +223,7 @@ class Experiment:
       UserError: `config.train.initial` cannot be read or does not fit.
     """
     placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-    state = jax.jit(self._init, out_shardings=placed)()
+    state = jax.jit(self._init, out_shardings=placed)(self._seed)
     initial = self.settings.train.initial
     if not initial:
       return state

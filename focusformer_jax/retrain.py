@@ -54,12 +54,14 @@ class State:
 
   Args:
     step: updates done, int32.
+    seed: of the run, uint32; see `state.TrainState`.
     network: its weights.
     optimizer: state of the optimizer.
     average: moving average of the weights, if there is one.
   """
 
   step: jax.Array
+  seed: jax.Array
   network: subnet.VisionTransformer
   optimizer: optax.OptState
   average: subnet.VisionTransformer | None
@@ -273,18 +275,20 @@ def _train(experiment, start, score, checkpoints, metrics) -> State:
     workers=settings.data.workers,
   )
 
-  def init(network) -> State:
+  def init(network, seed) -> State:
     # Arrays of their own: the state is donated.
     copy = functools.partial(jax.tree.map, jnp.copy)
     return State(
       step=jnp.int32(0),
+      seed=jnp.copy(seed),
       network=copy(network),
       optimizer=_optimizer(experiment).init(network),
       average=copy(network) if recipe.optimizer.ema else None,
     )
 
-  placed = sharding.shardings(experiment.mesh, jax.eval_shape(init, start))
-  state = jax.jit(init, out_shardings=placed)(start)
+  seed = np.uint32(settings.seed)
+  placed = sharding.shardings(experiment.mesh, jax.eval_shape(init, start, seed))
+  state = jax.jit(init, out_shardings=placed)(start, seed)
   if checkpoints.latest_step is not None:
     state = checkpoints.restore(state, {'train': batches})
     logging.info('resuming retraining at step %d', int(state.step))
@@ -335,7 +339,7 @@ def retrain_step(
   settings = experiment.settings
 
   def key(stream):
-    return state_lib.stream_key(settings.seed, stream, state.step)
+    return state_lib.stream_key(state.seed, stream, state.step)
 
   images, targets_BC = augment.augment(
     experiment.recipe,

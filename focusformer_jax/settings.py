@@ -183,7 +183,7 @@ class Debug:
 class Settings:
   """One run, checked."""
 
-  seed: int = _number(at_least=0)
+  seed: int = _number(at_least=0, at_most=2**32 - 1)
   data: Data
   augment: augment_lib.Recipe
   space: space_lib.SearchSpace

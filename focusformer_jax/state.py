@@ -16,6 +16,8 @@ class TrainState:
 
   Args:
     step: supernet updates done, int32.
+    seed: of the run, uint32; here rather than in the steps, so that runs that
+      differ in it alone share their compiled programs.
     supernet: weights of all subnets.
     optimizer: state of the supernet's optimizer.
     average: their moving average, if there is one.
@@ -28,6 +30,7 @@ class TrainState:
   """
 
   step: jax.Array
+  seed: jax.Array
   supernet: supernet_lib.Supernet
   optimizer: optax.OptState
   average: supernet_lib.Supernet | None
@@ -54,7 +57,9 @@ class Stream(enum.IntEnum):
   PROFILE = 6
 
 
-def stream_key(seed: int, stream: Stream, step: int | jax.Array) -> jax.Array:
+def stream_key(
+  seed: int | jax.Array, stream: Stream, step: int | jax.Array
+) -> jax.Array:
   """The same key for the same step, also after a crash."""
   root = jax.random.fold_in(jax.random.key(seed), int(stream))
   return jax.random.fold_in(root, step)

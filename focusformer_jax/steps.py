@@ -43,7 +43,7 @@ def supernet_step(
   settings, distillation = experiment.settings, experiment.settings.distillation
 
   def key(stream):
-    return state_lib.stream_key(settings.seed, stream, state.step)
+    return state_lib.stream_key(state.seed, stream, state.step)
 
   candidates = []
 
@@ -143,9 +143,7 @@ def sampler_step(
   budgets, space = experiment.budgets, experiment.space
   K, M = settings.budgets_per_update, settings.subnets
   budget_key, draw_key = jax.random.split(
-    state_lib.stream_key(
-      experiment.settings.seed, state_lib.Stream.SAMPLER, state.step
-    )
+    state_lib.stream_key(state.seed, state_lib.Stream.SAMPLER, state.step)
   )
   budget_K = jax.vmap(lambda key: budgets.draw(key, settings.budgets))(
     jax.random.split(budget_key, K)

@@ -304,10 +304,10 @@ def test_a_spike_of_the_loss_is_logged(monkeypatch):
   lines = []
   monkeypatch.setattr(train.logging, 'warning', lambda *a: lines.append(a))
   losses = [{'train/loss': loss} for loss in (1.0, 3.0, 1.5)]
-  train._warn_of_spike(10, losses, usual=2.0)
+  train._warn_of_spike(10, losses, usual=3.0 / train.SPIKE)
   assert not lines
-  train._warn_of_spike(10, losses, usual=1.25)
-  assert [line[1:] for line in lines] == [(9, 3.0, 1.25)]
+  train._warn_of_spike(10, losses, usual=0.5)
+  assert [line[1:] for line in lines] == [(9, 3.0, 0.5)]
 
 
 def test_nans_are_found_where_they_come_from(tfds_dir, tmp_path, monkeypatch):
