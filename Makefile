@@ -12,7 +12,8 @@ demo: .venv/done
 	.venv/bin/python main.py --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: lint
-	.venv-dev/bin/python -m pytest
+	.venv-dev/bin/python -m pytest --numprocesses=auto --maxprocesses=4 \
+	  --dist=worksteal
 
 lint: .venv-dev/done
 	.venv-dev/bin/ruff check .

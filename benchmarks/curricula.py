@@ -54,6 +54,7 @@ JOBS = {
     {
       'supernet.patch_size': 7,
       'data.heldout': 0.02,
+      'data.eval_batch_size': 400,
       'sampler.every': 10,
       'sampler.batch_size': 32,
     },
@@ -108,7 +109,7 @@ def settings_of(job: str, variant: str, seed: int) -> settings_lib.Settings:
     'train.eval_every': steps,
     'train.checkpoint_every': -(-steps // 4),
     'search.method': (method, 'random'),
-    'search.random': 64,
+    'search.random': 32,
     'search.population': 32,
     'search.generations': 5,
   }

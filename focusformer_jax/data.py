@@ -104,9 +104,7 @@ class Encoded:
         rng = (
           None if seed is None else np.random.default_rng([*seed, first + i])
         )
-        images[i] = decode.decode(
-          example['image'], size, self.channels, rng, self.crop
-        )
+        decode.decode_into(images[i], example['image'], rng, self.crop)
         labels[i] = example['label']
       else:
         images[i] = 0

@@ -5,6 +5,7 @@ is done on the device (`augment.py`).
 """
 
 import math
+import threading
 from typing import NamedTuple
 
 import cv2
@@ -16,6 +17,9 @@ from focusformer_jax import errors
 
 # Batches are decoded in parallel, not images.
 cv2.setNumThreads(1)
+
+# Fresh memory costs more than a resize does, so each thread keeps its own.
+_scratch = threading.local()
 
 # Evaluation shows the middle of an image whose shorter side is 256 for 224.
 CENTRE_SHARE = 224 / 256
@@ -57,15 +61,20 @@ def centre_box(height: int, width: int) -> Box:
 
 
 def _pixels(encoded: bytes, channels: int) -> np.ndarray:
-  """All of an image, uint8 of shape (height, width, 3) or (height, width)."""
+  """All of an image, uint8 of shape (height, width, 3) or (height, width).
+
+  The next call of the same thread may write over it.
+  """
   if simplejpeg.is_jpeg(encoded):
     try:
+      height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
       # What the fast transforms lose is less than a JPEG's own noise.
       return simplejpeg.decode_jpeg(
         encoded,
         'GRAY' if channels == 1 else 'RGB',
         fastdct=True,
         fastupsample=True,
+        buffer=_room(height * width * channels),
       )
     except ValueError:
       pass  # Some few bend the rules; OpenCV is more tolerant.
@@ -81,26 +90,34 @@ def _pixels(encoded: bytes, channels: int) -> np.ndarray:
   return pixels
 
 
-def decode(
+def _room(size: int) -> np.ndarray:
+  """This thread's memory, at least `size` bytes."""
+  room = getattr(_scratch, 'room', None)
+  if room is None or room.size < size:
+    room = _scratch.room = np.empty(size, np.uint8)
+  return room
+
+
+def decode_into(
+  image: np.ndarray,
   encoded: bytes,
-  size: int,
-  channels: int,
   rng: np.random.Generator | None = None,
   area: tuple[float, float] | None = None,
-) -> np.ndarray:
-  """One image as uint8 of shape (size, size, channels).
+) -> None:
+  """Fills one image of a batch from a file.
 
   Args:
+    image: uint8 of shape (size, size, channels), contiguous; with 1 channel
+      it becomes grey, with 3 coloured.
     encoded: a file that OpenCV reads, such as JPEG, PNG or WebP. Pixels stay
       as they lie in it, as in TFDS, whatever its EXIF orientation says.
-    size: pixels along one side of the result.
-    channels: 1 for grey, 3 for colour.
     rng: draws a random box, where `area` is given; without, the centre box.
     area: smallest and largest share of the image's area in a random box.
 
   Raises:
     UserError: the bytes are no image.
   """
+  size, _, channels = image.shape
   pixels = _pixels(encoded, channels)
   height, width = pixels.shape[:2]
   if rng is None or area is None:
@@ -109,7 +126,6 @@ def decode(
     box = random_box(rng, height, width, area)
   pixels = pixels[box.top :, box.left :][: box.height, : box.width]
   # Two pixels far apart do not stand for those between them.
-  shrinks = max(box.height, box.width) >= 2 * size
+  shrinks = min(box.height, box.width) >= 2 * size
   how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-  resized = cv2.resize(pixels, (size, size), interpolation=how)
-  return resized.reshape(size, size, channels)
+  cv2.resize(pixels, (size, size), dst=image, interpolation=how)
