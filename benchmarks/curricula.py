@@ -94,8 +94,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings_of(job: str, variant: str, seed: int) -> settings_lib.Settings:
-  """One run's settings."""
+def settings_of(
+  job: str, variant: str, seed: int, more: dict[str, Any] | None = None
+) -> settings_lib.Settings:
+  """One run's settings, with `more` of them changed."""
   get_config, changes, steps = JOBS[job]
   changes = changes | VARIANTS[variant]
   share = changes.pop('share', 1.0)
@@ -114,8 +116,8 @@ def settings_of(job: str, variant: str, seed: int) -> settings_lib.Settings:
     'search.generations': 5,
   }
   config = get_config()
-  with config.unlocked():
-    config.update_from_flattened_dict(changes)
+  with config.unlocked(), config.ignore_type():
+    config.update_from_flattened_dict(changes | (more or {}))
   return settings_lib.parse(config)
 
 
@@ -256,6 +258,13 @@ def plot(summaries: dict[str, dict[str, Any]], path: pathlib.Path, job: str):
   plt.close(figure)
 
 
+def keep_compiled_programs(workdir: os.PathLike):
+  """Seeds share programs; JAX_COMPILATION_CACHE_DIR moves them."""
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = pathlib.Path(workdir) / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+
+
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -270,10 +279,7 @@ def main():
     parser.error(f'--seeds: wanted at least 2, found {args.seeds}')
   flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
   logging.set_verbosity(logging.WARNING)
-  if jax.config.jax_compilation_cache_dir is None:  # Seeds share programs.
-    jax.config.update(
-      'jax_compilation_cache_dir', str(args.workdir / 'compiled')
-    )
+  keep_compiled_programs(args.workdir)
 
   # Seeds take turns, so that what is there first is a whole comparison.
   runs = {name: [] for name in args.only}

@@ -160,9 +160,7 @@ class Experiment:
     supernet, policy = self.settings.supernet, self.settings.sampler
 
     def rngs(part: int) -> nnx.Rngs:
-      return nnx.Rngs(
-        state_lib.stream_key(seed, state_lib.Stream.INIT, part)
-      )
+      return nnx.Rngs(state_lib.stream_key(seed, state_lib.Stream.INIT, part))
 
     net = supernet_lib.Supernet(
       self.space,

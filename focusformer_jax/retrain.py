@@ -287,7 +287,9 @@ def _train(experiment, start, score, checkpoints, metrics) -> State:
     )
 
   seed = np.uint32(settings.seed)
-  placed = sharding.shardings(experiment.mesh, jax.eval_shape(init, start, seed))
+  placed = sharding.shardings(
+    experiment.mesh, jax.eval_shape(init, start, seed)
+  )
   state = jax.jit(init, out_shardings=placed)(start, seed)
   if checkpoints.latest_step is not None:
     state = checkpoints.restore(state, {'train': batches})

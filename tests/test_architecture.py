@@ -39,6 +39,7 @@ ORDER = (
   'predict',
   'export',
   'report',
+  'latency',
   'profile',
   'retrain',
   'run',

@@ -10,7 +10,7 @@ from configs import digits
 from focusformer_jax import cost
 from focusformer_jax import errors
 from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import profile
+from focusformer_jax import latency
 from focusformer_jax import report
 from focusformer_jax import run
 from focusformer_jax import settings as settings_lib
@@ -72,10 +72,10 @@ def test_additive_times_are_fitted_exactly():
     attention_EH=np.array([[40, 71], [55, 98]]),
     mlp_ER=np.array([[20, 33], [29, 47]]),
   )
-  space, archs = profile.design(TINY)
+  space, archs = latency.design(TINY)
   assert space.depth == (1, 2)
   times = np.array([table.of(arch) for arch in archs], float)
-  entries = profile.fit(space, archs, times)
+  entries = latency.fit(space, archs, times)
   layer = entries['attention'][:, :, None] + entries['mlp'][:, None]
   wanted = table.attention_EH[:, :, None] + table.mlp_ER[:, None]
   assert np.array_equal(entries['stem'], table.stem_E)
@@ -83,9 +83,9 @@ def test_additive_times_are_fitted_exactly():
 
 
 def test_a_slow_network_does_not_make_entries_negative():
-  space, archs = profile.design(TINY)
+  space, archs = latency.design(TINY)
   times = np.array([100.0 if a.depth else 400.0 for a in archs])
-  entries = profile.fit(space, archs, times)
+  entries = latency.fit(space, archs, times)
   assert min(table.min() for table in entries.values()) >= 0
 
 
@@ -200,5 +200,5 @@ def test_a_slow_spell_of_the_machine_is_taken_out():
   spells = np.array([1.0, 1.5, 1.5, 1.0, 1.5])[:, None]
   times = wanted * spells
   times[0, 3] *= 10  # And one hiccup.
-  found = profile.typical(times)
+  found = latency.typical(times)
   np.testing.assert_allclose(found / found[0], wanted, rtol=1e-12)
