@@ -370,7 +370,10 @@ def retrain_step(
     average = optim.average(
       settings.retrain.optimizer.ema, state.step, average, network
     )
-  return State(state.step + 1, network, optimizer, average), {
+  state = state.replace(
+    step=state.step + 1, network=network, optimizer=optimizer, average=average
+  )
+  return state, {
     'train/loss': loss,
     'train/grad_norm': optax.tree.norm(grads),
     'train/skipped_in_a_row': optimizer.notfinite_count,
