@@ -3,11 +3,11 @@
   JAX_NUM_CPU_DEVICES=2 python benchmarks/from_scratch.py fashion_mnist \
       --workdir /tmp/curricula --json from_scratch.json
 
-Takes the finished runs of `benchmarks/curricula.py` from its workdir. At each
-of the two largest budgets it trains three networks from new weights, equally
-long: what the sampler of 'focus' decodes, and what evolution and random draws
-found in the 'uniform' supernet. Beside the test accuracies, over seeds, stand
-those with weights inherited from either supernet. Resumable.
+Takes the finished runs of `benchmarks/curricula.py` from its workdir. At some
+of the six budgets it trains three networks from new weights, equally long: what
+the sampler of 'focus' decodes, and what evolution and random draws found in the
+'uniform' supernet; and the largest subnet. Beside the test accuracies, over
+seeds, stand those with weights inherited from either supernet. Resumable.
 """
 
 import argparse
@@ -38,11 +38,12 @@ CANDIDATES = {
   'focus, decoded': ('focus', 'sampler'),
   'uniform, evolution': ('uniform', 'evolution'),
   'uniform, random draws': ('uniform', 'random'),
+  'largest': ('uniform', 'largest'),
 }
 
 
-def candidates(runs: pathlib.Path, budgets: int) -> list[dict[str, Any]]:
-  """The largest budgets' rows of each candidate's search, by seed 0."""
+def candidates(runs: pathlib.Path, chosen: list[int]) -> list[dict[str, Any]]:
+  """The chosen budgets' rows of each candidate's search, by seed 0."""
   rows = []
   for name, (curriculum, method) in CANDIDATES.items():
     results = json.loads((runs / f'{curriculum}-0/results.json').read_text())
@@ -51,7 +52,8 @@ def candidates(runs: pathlib.Path, budgets: int) -> list[dict[str, Any]]:
       for row in results['budgets'] + results['rivals']
       if row['method'] == method
     ]
-    rows += sorted(found, key=lambda row: row['budget'])[-budgets:]
+    found.sort(key=lambda row: row['budget'])
+    rows += found if len(found) == 1 else [found[i - 1] for i in chosen]
   return sorted(rows, key=lambda row: row['budget'])
 
 
@@ -139,9 +141,16 @@ def main():
   )
   parser.add_argument('job', choices=curricula.JOBS)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--budgets', type=int, default=2)
+  parser.add_argument(
+    '--budgets',
+    type=int,
+    nargs='+',
+    choices=range(1, 7),
+    default=[3, 6],
+    help='which of the six, 1 the smallest',
+  )
   parser.add_argument('--seeds', type=int, default=2)
-  parser.add_argument('--steps', type=int, default=800)
+  parser.add_argument('--steps', type=int, default=600)
   parser.add_argument('--json', type=pathlib.Path, help='write the rows here')
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
