@@ -211,6 +211,32 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
   }
 
 
+def lead(ours: dict[str, float], other: dict[str, float], scale: float) -> str:
+  """A difference of two means, and how many standard errors it is."""
+  difference = ours['mean'] - other['mean']
+  error = np.hypot(ours['standard_error'], other['standard_error'])
+  return f'{scale * difference:+.4g} ({difference / max(error, 1e-9):+.1f})'
+
+
+def leads(summaries: dict[str, dict[str, Any]], name: str) -> str:
+  """Markdown: by how much one curriculum's proposals lead all others."""
+  ours = summaries[name]
+  heading = [f'{name} against', *(f'{b / 1e6:.2f}M' for b in ours['budgets'])]
+  heading += ['hypervolume']
+  lines = [heading, ['---'] * len(heading)]
+  for other, found in summaries.items():
+    if other != name:
+      pairs = zip(ours['test_accuracy'], found['test_accuracy'], strict=True)
+      cells = [lead(*pair, scale=100) for pair in pairs]
+      cells.append(lead(ours['hypervolume'], found['hypervolume'], scale=1))
+      lines.append([other, *cells])
+  return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
 def table(summaries: dict[str, dict[str, Any]]) -> str:
   """Markdown: accuracies in percent, mean and standard error over seeds."""
   budgets = next(iter(summaries.values()))['budgets']
@@ -233,7 +259,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
         f'{found["gigamacs"] / 1e3:.2f}',
       ]
     )
-  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+  return markdown(lines)
 
 
 def plot(summaries: dict[str, dict[str, Any]], path: pathlib.Path, job: str):
@@ -299,6 +325,9 @@ def main():
     summaries[name] = summary(found, own)
     summaries[f'{name}, random draws'] = summary(found, 'random')
   print(table(summaries))
+  if 'focus' in summaries:
+    print('\nPoints of test accuracy (in standard errors of the difference):\n')
+    print(leads(summaries, 'focus'))
   if args.json:
     result = {'seeds': list(range(args.seeds)), 'curricula': summaries}
     args.json.write_text(json.dumps(result, indent=2) + '\n')

@@ -132,7 +132,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         f'{100 * alone["mean"]:.1f} ± {100 * alone["standard_error"]:.1f}',
       ]
     )
-  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+  return curricula.markdown(lines)
 
 
 def main():
