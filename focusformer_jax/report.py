@@ -89,7 +89,7 @@ def pareto_plot(results: dict[str, Any]) -> figure_lib.Figure:
   """Test accuracy over cost, a line a method."""
   rows = _rows(results)
   cost = rows[0]['cost']
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+  figure, axes = plt.subplots(figsize=(7, 5), layout='constrained')
   for method, counts in results['methods'].items():
     points = sorted(
       (row[cost], 100 * row['test_accuracy'])
@@ -117,8 +117,16 @@ def pareto_plot(results: dict[str, Any]) -> figure_lib.Figure:
   axes.set_ylabel('test accuracy, %')
   axes.set_title(f'{results["data"]}: one supernet, every budget')
   axes.grid(alpha=0.3, which='both')
-  axes.legend(loc='lower right')
+  _short_ticks(axes.xaxis)
+  figure.legend(loc='outside lower center', ncols=2)  # Points may be anywhere.
   return figure
+
+
+def _short_ticks(axis):
+  """Of a logarithmic axis."""
+  axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axis.set_minor_locator(ticker.NullLocator())
+  axis.set_major_formatter(_short)
 
 
 def read_metrics(directory: epath.Path) -> Curves:
@@ -174,9 +182,7 @@ def curve_plots(curves: Curves) -> dict[str, figure_lib.Figure]:
     axes.grid(alpha=0.3)
     if name == 'cost':
       axes.set_yscale('log')
-      axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-      axes.yaxis.set_minor_locator(ticker.NullLocator())
-      axes.yaxis.set_major_formatter(_short)
+      _short_ticks(axes.yaxis)
     if len(lines) > 1:
       axes.legend(title='budget', fontsize='x-small', ncols=2)
     plots[name] = figure

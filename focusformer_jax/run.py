@@ -104,7 +104,8 @@ def _results(workdir: epath.Path) -> dict[str, Any]:
       '--mode=search first'
     )
   results = files.read_json(path)
-  if not isinstance(results, dict) or 'budgets' not in results:
+  keys = {'budgets', 'rivals', 'methods'}
+  if not isinstance(results, dict) or not keys <= results.keys():
     raise errors.UserError(
       f'{path}: wanted the results of a search, found something else; remove '
       'the file to have it written again'
