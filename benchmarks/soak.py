@@ -52,11 +52,12 @@ JOB = {
   'train.log_every': 50,
   'train.eval_every': STEPS // 2,
   'train.checkpoint_every': 4,
+  'search.random': 64,
 }
 OUTPUTS = ('results.json', 'subnet/model.safetensors')
 
 # What the log says when a phase begins.
-TRAINING, SEARCHING = 'compiled sampler_step', 'scoring'
+TRAINING, SEARCHING = 'compiled sampler_step', 'sampler: 0 subnets'
 
 
 class Life:
@@ -136,7 +137,9 @@ def kills(folder: pathlib.Path, rng: random.Random):
   lives = collections.Counter()
   for moment in [*moments, *['searching'] * 6]:
     if moment == 'searching':
+      # A search that is done, or nearly, would be over at once.
       (workdir / 'results.json').unlink(missing_ok=True)
+      shutil.rmtree(workdir / 'search', ignore_errors=True)
       life = Life(workdir)
       begun = life.says(SEARCHING)
       delay = rng.uniform(0, 0.5)

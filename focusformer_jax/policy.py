@@ -389,12 +389,19 @@ def uniform_within(
 def decode(
   weights: LogWeights, budgets: Budgets, budget: Int[Array, '']
 ) -> space_lib.Architecture:
-  """The most probable architecture within a budget (Viterbi)."""
-  recursion = _recurse(weights, budgets, budget, jnp.max)
+  """The most probable layers of the most probable depth and width.
+
+  A shallow architecture makes few decisions. While a policy is unsure, each of
+  them is therefore more probable than any deep one, however seldom it draws
+  shallow ones at all. So depth and width are chosen by the probability of all
+  their architectures within the budget, and the layers by Viterbi's recursion.
+  """
+  together = _recurse(weights, budgets, budget, jax.nn.logsumexp)
+  single = _recurse(weights, budgets, budget, jnp.max)
   return _choose(
     weights,
     budgets,
-    recursion,
+    single._replace(root=together.root),
     lambda key, logits: jnp.argmax(logits),
     jax.random.key(0),  # Nothing is drawn.
   )

@@ -265,7 +265,7 @@ def propose_step(
   policy: policy_lib.Policy,
   budget: Int[Array, ''],
 ) -> Proposal:
-  """The most probable architecture within a budget, and how sure of it.
+  """What the sampler decodes within a budget, and how sure of it.
 
   Args:
     budget: in units of the cost table; at least its minimum.
