@@ -116,7 +116,7 @@ def main(argv):
   try:
     run.run(settings.parse(CONFIG.value), epath.Path(WORKDIR.value), MODE.value)
   except train.Preempted as stop:
-    logging.info('%s', stop)
+    print(stop, file=sys.stderr)
   except errors.UserError as error:
     _leave(f'error: {error}')
   except OSError as error:

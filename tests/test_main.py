@@ -136,3 +136,29 @@ def test_the_command_says_it_in_one_line(flags, message, tmp_path):
   assert done.stderr.strip().splitlines()[-1].startswith(message)
   assert 'Traceback' not in done.stderr
   assert not workdir.exists()
+
+
+def test_the_command_says_where_it_was_stopped(tmp_path):
+  program = """
+import sys
+from absl import app
+import main
+from focusformer_jax import run, train
+
+def preempted(*args):
+  raise train.Preempted('stopped by SIGTERM at step 3; saved')
+
+run.run = preempted
+app.run(main.main, flags_parser=main._parse_flags)
+"""
+  flags = ['--config=configs/digits.py:smoke', f'--workdir={tmp_path}']
+  done = subprocess.run(
+    [sys.executable, '-c', program, *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert last == 'stopped by SIGTERM at step 3; saved'
