@@ -87,6 +87,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, penalty': {'share': 1.15, 'sampler.constraint': 'penalty'},
   'focus, S=1': {'share': 1.15, 'curriculum.subnets': 1},
   'focus, S=8': {'share': 1.15, 'curriculum.subnets': 8},
+  'focus, faster': {'share': 1.15, 'sampler.learning_rate': 1e-2},
+  'focus, faster, unused 0.1': {
+    'share': 1.0,
+    'sampler.learning_rate': 1e-2,
+    'sampler.unused': 0.1,
+  },
+  'focus, faster, unused 0.3': {
+    'share': 0.95,
+    'sampler.learning_rate': 1e-2,
+    'sampler.unused': 0.3,
+  },
   'focus, linear budgets': {'share': 0.9, 'sampler.budgets': 'linear'},
   'focus, distillation': {'share': 0.28, 'distillation.loss': 'kl'},
   'focus, untouched held': {'share': 1.15, 'optimizer.hold_untouched': True},

@@ -142,6 +142,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.sampler.constraint = 'exact'
   # Reward lost per share of the budget exceeded, for 'penalty'.
   c.sampler.penalty = 1.0
+  # Reward lost per share of the budget left unused.
+  c.sampler.unused = 0.0
   # How budgets are drawn over the reachable range: 'log' or 'linear'.
   c.sampler.budgets = 'log'
   # How many of them one sampler update draws.

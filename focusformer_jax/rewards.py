@@ -79,14 +79,18 @@ def advantages(
 ) -> tuple[Float[Array, 'K M'], Float[Array, 'K M']]:
   """Rewards as configured, and what each is above the others of its budget.
 
+  Shares of the budget that are left unused, and those exceeded, cost reward:
+  both together are the absolute reward of TuNAS (arXiv 2008.06120, section 3).
+
   The baseline of each subnet is the mean reward of the other M - 1 (Kool et
   al. 2019), which leaves the gradient unbiased. Divided by the spread at its
   budget, if so configured, late rewards that hardly differ count as much as
   early ones, and the entropy bonus keeps its weight beside them.
   """
+  relative_KM = scored.cost_KM / scored.budget_K[:, None]
   reward_KM = REWARDS[settings.reward](scored)
+  reward_KM -= settings.unused * jax.nn.relu(1 - relative_KM)
   if settings.constraint == 'penalty':
-    relative_KM = scored.cost_KM / scored.budget_K[:, None]
     reward_KM -= settings.penalty * jax.nn.relu(relative_KM - 1)
   count = reward_KM.shape[1]
   advantage_KM = reward_KM - reward_KM.mean(1, keepdims=True)

@@ -99,6 +99,7 @@ class Sampler:
   scale_rewards: bool
   constraint: str = _one_of('exact', 'penalty')
   penalty: float = _number(at_least=0)
+  unused: float = _number(at_least=0)
   budgets: str = _one_of('log', 'linear')
   budgets_per_update: int = _number(at_least=1)
   entropy: float = _number(at_least=0)
