@@ -60,3 +60,10 @@ def test_a_penalty_is_paid_for_the_share_beyond_the_budget(settings):
   reward, _ = rewards.advantages(penalty, beyond)
   np.testing.assert_allclose(reward[0], [-0.9, -0.5 - 0.5, -0.7 - 0.5])
   np.testing.assert_allclose(reward[1], -SCORED.loss_KM[1])
+
+
+def test_what_is_left_of_a_budget_costs_reward(settings):
+  sparing = dataclasses.replace(settings, unused=0.4)
+  reward, _ = rewards.advantages(sparing, SCORED)
+  np.testing.assert_allclose(reward[0], [-0.9 - 0.2, -0.5, -0.7], rtol=1e-6)
+  np.testing.assert_allclose(reward[1], [-0.4, -0.5 - 0.2, -0.3], rtol=1e-6)
