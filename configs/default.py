@@ -153,7 +153,7 @@ def get_config() -> ml_collections.ConfigDict:
   # which moves in a straight line to this one at the last step.
   c.sampler.final_entropy = 0.05
   # Adam's.
-  c.sampler.learning_rate = 3e-3
+  c.sampler.learning_rate = 1e-2
 
   c.train = ml_collections.ConfigDict()
   # Weights to start from, a .pth or .safetensors file in AutoFormer's names;
