@@ -4,13 +4,16 @@
       --workdir /tmp/curricula --json from_scratch.json
 
 Takes the finished runs of `benchmarks/curricula.py` from its workdir. At some
-of the six budgets it trains three networks from new weights, equally long: what
-the sampler of 'focus' decodes, and what evolution and random draws found in the
-'uniform' supernet; and the largest subnet. Beside the test accuracies, over
-seeds, stand those with weights inherited from either supernet. Resumable.
+of the six budgets it trains networks from new weights, equally long: what the
+sampler of 'focus' decodes; two rivals that cost as much but are deeper,
+shallower, wider or narrower, the best by held-out images in the 'uniform'
+supernet; what evolution found there for the whole budget; and the largest
+subnet. Beside the test accuracies, over seeds, stand those with weights
+inherited from either supernet. Resumable.
 """
 
 import argparse
+import collections
 import json
 import os
 import pathlib
@@ -24,6 +27,7 @@ from absl import flags
 from absl import logging
 from etils import epath
 import jax
+import numpy as np
 
 from benchmarks import curricula
 from focusformer_jax import evaluate
@@ -37,9 +41,13 @@ from focusformer_jax import train
 CANDIDATES = {
   'focus, decoded': ('focus', 'sampler'),
   'uniform, evolution': ('uniform', 'evolution'),
-  'uniform, random draws': ('uniform', 'random'),
   'largest': ('uniform', 'largest'),
 }
+
+# Rivals cost at least this share of what they are compared with.
+EQUAL_COST = 0.95
+# How many of each depth and width are scored, out of how many draws.
+SCORED, DRAWN = 8, 1024
 
 
 def candidates(runs: pathlib.Path, chosen: list[int]) -> list[dict[str, Any]]:
@@ -54,17 +62,56 @@ def candidates(runs: pathlib.Path, chosen: list[int]) -> list[dict[str, Any]]:
     ]
     found.sort(key=lambda row: row['budget'])
     rows += found if len(found) == 1 else [found[i - 1] for i in chosen]
-  return sorted(rows, key=lambda row: row['budget'])
+  return rows
+
+
+def restore(job: str, curriculum: str, runs: pathlib.Path):
+  """The supernet of seed 0: its experiment, and its state at the end."""
+  experiment = experiment_lib.create(curricula.settings_of(job, curriculum, 0))
+  workdir = epath.Path(runs / f'{curriculum}-0')
+  with train.open_checkpoints(experiment, workdir) as checkpoints:
+    return experiment, checkpoints.restore(experiment.abstract_state)
+
+
+def rivals(
+  job: str, row: dict[str, Any], runs: pathlib.Path
+) -> list[dict[str, Any]]:
+  """The two best of the same cost, of other depths and widths than the row."""
+  experiment, state = restore(job, 'uniform', runs)
+  evaluator, table = evaluate.Evaluator(experiment), experiment.budgets.table
+  drawn = evaluator.draw(np.random.default_rng(0), row['macs'], DRAWN)
+  by_shape = collections.defaultdict(list)
+  for arch in drawn:
+    values = experiment.space.to_json(arch)
+    dear = table.of(arch) >= EQUAL_COST * row['macs']
+    if dear and values not in by_shape[values['depth'], values['embed_dim']]:
+      by_shape[values['depth'], values['embed_dim']].append(values)
+  own = row['architecture']
+  by_shape.pop((own['depth'], own['embed_dim']), None)
+  best = []
+  for group in by_shape.values():
+    archs = [experiment.space.from_json(values) for values in group[:SCORED]]
+    if archs:
+      scores = evaluator.score(
+        state.scored, archs, experiment.dataset.split('heldout')
+      )
+      best.append(min(zip(scores, archs, strict=True), key=lambda p: p[0].loss))
+  best.sort(key=lambda pair: pair[0].loss)
+  return [
+    {
+      'candidate': f'of its cost, number {i}',
+      'budget': row['budget'],
+      'macs': table.of(arch),
+      'architecture': experiment.space.to_json(arch),
+    }
+    for i, (_, arch) in enumerate(best[:2], 1)
+  ]
 
 
 def inherited(job: str, rows: list[dict[str, Any]], runs: pathlib.Path) -> None:
   """Adds test accuracies with each supernet's weights, and saves networks."""
   for curriculum in ('focus', 'uniform'):
-    settings = curricula.settings_of(job, curriculum, 0)
-    experiment = experiment_lib.create(settings)
-    workdir = epath.Path(runs / f'{curriculum}-0')
-    with train.open_checkpoints(experiment, workdir) as checkpoints:
-      state = checkpoints.restore(experiment.abstract_state)
+    experiment, state = restore(job, curriculum, runs)
     archs = [experiment.space.from_json(row['architecture']) for row in rows]
     scores = evaluate.Evaluator(experiment).score(
       state.scored, archs, experiment.dataset.split('test')
@@ -159,6 +206,9 @@ def main():
 
   runs = args.workdir / args.job
   rows = candidates(runs, args.budgets)
+  for row in rows[: len(args.budgets)]:
+    rows += rivals(args.job, row, runs)
+  rows.sort(key=lambda row: (row['budget'], row['candidate'] == 'largest'))
   inherited(args.job, rows, runs)
   for row in rows:
     row['alone'] = trained_alone(args.job, row, runs, args.steps, args.seeds)
