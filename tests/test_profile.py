@@ -160,7 +160,9 @@ def test_profile_measures_a_table_that_budgets_can_be_searched_by(
   monkeypatch.setattr(jax, 'devices', lambda: devices)
   changes = {
     'data__dir': str(tmp_path / 'data'),
-    'profile__batch_size': 4,
+    # A layer of a batch takes longer than the noise of a busy machine.
+    'profile__batch_size': 32,
+    'profile__repeats': 15,
     'profile__networks': 3,
   }
   experiment = experiment_lib.create(parse(**changes))
