@@ -37,9 +37,11 @@ from focusformer_jax import sharding
 from focusformer_jax import subnet
 from focusformer_jax import train
 
+DECODED = 'focus, decoded'
+
 # Which run's search says what is trained: its curriculum and its method.
 CANDIDATES = {
-  'focus, decoded': ('focus', 'sampler'),
+  DECODED: ('focus', 'sampler'),
   'uniform, evolution': ('uniform', 'evolution'),
   'largest': ('uniform', 'largest'),
 }
@@ -50,25 +52,39 @@ EQUAL_COST = 0.95
 SCORED, DRAWN = 8, 1024
 
 
-def candidates(runs: pathlib.Path, chosen: list[int]) -> list[dict[str, Any]]:
-  """The chosen budgets' rows of each candidate's search, by seed 0."""
-  rows = []
+def candidates(
+  runs: pathlib.Path, supernet: int, chosen: list[int]
+) -> list[dict[str, Any]]:
+  """What the searches of one seed's supernets found at the chosen budgets.
+
+  A candidate that is the same at several budgets is one row.
+  """
+  rows = {}
   for name, (curriculum, method) in CANDIDATES.items():
-    results = json.loads((runs / f'{curriculum}-0/results.json').read_text())
-    found = [
-      row | {'candidate': name}
-      for row in results['budgets'] + results['rivals']
-      if row['method'] == method
-    ]
+    path = runs / f'{curriculum}-{supernet}' / 'results.json'
+    results = json.loads(path.read_text())
+    found = results['budgets'] + results['rivals']
+    found = [row for row in found if row['method'] == method]
     found.sort(key=lambda row: row['budget'])
-    rows += found if len(found) == 1 else [found[i - 1] for i in chosen]
-  return rows
+    for row in found if len(found) == 1 else [found[i - 1] for i in chosen]:
+      key = name, json.dumps(row['architecture'])
+      new = {
+        'supernet': supernet,
+        'candidate': name,
+        'budgets': [],
+        'macs': row['macs'],
+        'architecture': row['architecture'],
+      }
+      rows.setdefault(key, new)['budgets'].append(row['budget'])
+  return list(rows.values())
 
 
-def restore(job: str, curriculum: str, runs: pathlib.Path):
-  """The supernet of seed 0: its experiment, and its state at the end."""
-  experiment = experiment_lib.create(curricula.settings_of(job, curriculum, 0))
-  workdir = epath.Path(runs / f'{curriculum}-0')
+def restore(job: str, curriculum: str, supernet: int, runs: pathlib.Path):
+  """The supernet of a seed: its experiment, and its state at the end."""
+  experiment = experiment_lib.create(
+    curricula.settings_of(job, curriculum, supernet)
+  )
+  workdir = epath.Path(runs / f'{curriculum}-{supernet}')
   with train.open_checkpoints(experiment, workdir) as checkpoints:
     return experiment, checkpoints.restore(experiment.abstract_state)
 
@@ -77,7 +93,7 @@ def rivals(
   job: str, row: dict[str, Any], runs: pathlib.Path
 ) -> list[dict[str, Any]]:
   """The two best of the same cost, of other depths and widths than the row."""
-  experiment, state = restore(job, 'uniform', runs)
+  experiment, state = restore(job, 'uniform', row['supernet'], runs)
   evaluator, table = evaluate.Evaluator(experiment), experiment.budgets.table
   drawn = evaluator.draw(np.random.default_rng(0), row['macs'], DRAWN)
   by_shape = collections.defaultdict(list)
@@ -98,9 +114,9 @@ def rivals(
       best.append(min(zip(scores, archs, strict=True), key=lambda p: p[0].loss))
   best.sort(key=lambda pair: pair[0].loss)
   return [
-    {
+    row
+    | {
       'candidate': f'of its cost, number {i}',
-      'budget': row['budget'],
       'macs': table.of(arch),
       'architecture': experiment.space.to_json(arch),
     }
@@ -109,9 +125,12 @@ def rivals(
 
 
 def inherited(job: str, rows: list[dict[str, Any]], runs: pathlib.Path) -> None:
-  """Adds test accuracies with each supernet's weights, and saves networks."""
+  """Adds test accuracies with the weights of one seed's two supernets.
+
+  And saves the networks, whose weights `trained_alone` does not use.
+  """
   for curriculum in ('focus', 'uniform'):
-    experiment, state = restore(job, curriculum, runs)
+    experiment, state = restore(job, curriculum, rows[0]['supernet'], runs)
     archs = [experiment.space.from_json(row['architecture']) for row in rows]
     scores = evaluate.Evaluator(experiment).score(
       state.scored, archs, experiment.dataset.split('test')
@@ -126,8 +145,10 @@ def inherited(job: str, rows: list[dict[str, Any]], runs: pathlib.Path) -> None:
 
 
 def folder_of(runs: pathlib.Path, row: dict[str, Any]) -> pathlib.Path:
-  name = f'{row["candidate"]}-{row["budget"]}'.replace(', ', '-')
-  return runs / 'from_scratch' / name.replace(' ', '_')
+  """The same for the same architecture, which is trained only once."""
+  values = row['architecture'].values()
+  name = '-'.join(str(value).replace(' ', '') for value in values)
+  return runs / 'from_scratch' / name
 
 
 def trained_alone(
@@ -162,14 +183,15 @@ def trained_alone(
 
 def table(rows: list[dict[str, Any]]) -> str:
   """Markdown: test accuracies in percent."""
-  heading = ['budget', 'network', 'MACs', 'depth', 'width']
+  heading = ['seed', 'budget', 'network', 'MACs', 'depth', 'width']
   heading += ['in focus', 'in uniform', 'alone']
   lines = [heading, ['---'] * len(heading)]
   for row in rows:
     alone, arch = row['alone'], row['architecture']
     lines.append(
       [
-        f'{row["budget"] / 1e6:.2f}M',
+        str(row['supernet']),
+        ', '.join(f'{budget / 1e6:.2f}M' for budget in row['budgets']),
         row['candidate'],
         f'{row["macs"] / 1e6:.2f}M',
         str(arch['depth']),
@@ -196,7 +218,14 @@ def main():
     default=[3, 6],
     help='which of the six, 1 the smallest',
   )
-  parser.add_argument('--seeds', type=int, default=2)
+  parser.add_argument(
+    '--supernets',
+    type=int,
+    nargs='+',
+    default=[0, 1],
+    help="seeds of the curricula's runs",
+  )
+  parser.add_argument('--seeds', type=int, default=2, help='of each network')
   parser.add_argument('--steps', type=int, default=600)
   parser.add_argument('--json', type=pathlib.Path, help='write the rows here')
   args = parser.parse_args()
@@ -205,11 +234,14 @@ def main():
   curricula.keep_compiled_programs(args.workdir)
 
   runs = args.workdir / args.job
-  rows = candidates(runs, args.budgets)
-  for row in rows[: len(args.budgets)]:
-    rows += rivals(args.job, row, runs)
-  rows.sort(key=lambda row: (row['budget'], row['candidate'] == 'largest'))
-  inherited(args.job, rows, runs)
+  rows = []
+  for supernet in args.supernets:
+    found = candidates(runs, supernet, args.budgets)
+    for row in [row for row in found if row['candidate'] == DECODED]:
+      found += rivals(args.job, row, runs)
+    found.sort(key=lambda row: row['budgets'])
+    inherited(args.job, found, runs)
+    rows += found
   for row in rows:
     row['alone'] = trained_alone(args.job, row, runs, args.steps, args.seeds)
   print(table(rows))
