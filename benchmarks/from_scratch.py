@@ -215,7 +215,7 @@ def main():
     type=int,
     nargs='+',
     choices=range(1, 7),
-    default=[3, 6],
+    default=[6],
     help='which of the six, 1 the smallest',
   )
   parser.add_argument(
