@@ -45,6 +45,9 @@ from matplotlib import pyplot as plt
 
 CURRICULA = ('uniform', 'uniform_cost', 'sandwich', 'attentive', 'focus')
 
+# Of a row whose networks are the best of random draws.
+RANDOM = ', random draws'
+
 PATCHES_OF_7 = {
   'supernet.patch_size': 7,
   'data.heldout': 0.02,
@@ -264,9 +267,11 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(summaries: dict[str, dict[str, Any]], path: pathlib.Path, job: str):
-  """Test accuracy over budget, a line for each curriculum."""
-  figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+  """Test accuracy over budget, a line for what each curriculum proposes."""
+  figure, axes = plt.subplots(figsize=(7, 5), layout='constrained')
   for name, found in summaries.items():
+    if name.endswith(RANDOM):
+      continue
     axes.errorbar(
       found['budgets'],
       [100 * a['mean'] for a in found['test_accuracy']],
@@ -275,12 +280,15 @@ def plot(summaries: dict[str, dict[str, Any]], path: pathlib.Path, job: str):
       capsize=3,
       label=name,
     )
+  budgets = next(iter(summaries.values()))['budgets']
   axes.set_xscale('log')
+  axes.set_xticks(budgets, [f'{budget / 1e6:.2f}M' for budget in budgets])
+  axes.set_xticks([], minor=True)
   axes.set_xlabel('budget, MACs of one image')
   axes.set_ylabel('test accuracy, %')
   axes.set_title(f'{job}: what each curriculum proposes')
-  axes.grid(alpha=0.3, which='both')
-  axes.legend(loc='lower right')
+  axes.grid(alpha=0.3)
+  figure.legend(loc='outside lower center', ncols=3)
   figure.savefig(path, dpi=150)
   plt.close(figure)
 
@@ -324,7 +332,7 @@ def main():
   for name, found in runs.items():
     own = 'sampler' if name.startswith('focus') else 'evolution'
     summaries[name] = summary(found, own)
-    summaries[f'{name}, random draws'] = summary(found, 'random')
+    summaries[name + RANDOM] = summary(found, 'random')
   print(table(summaries))
   if 'focus' in summaries:
     print('\nPoints of test accuracy (in standard errors of the difference):\n')
