@@ -18,7 +18,13 @@ def test_two_processes_train_what_one_does(
     2,
     1,
     'main.py',
-    *multiprocess.flags({'data.batch_size': 32, 'data.dir': tfds_dir}),
+    *multiprocess.flags(
+      {
+        'data.batch_size': 32,
+        'data.dir': tfds_dir,
+        'search.method': 'sampler',
+      }
+    ),
     f'--workdir={tmp_path}',
   )
   # Process 0 prints and writes, for all.

@@ -162,7 +162,7 @@ def test_profile_measures_a_table_that_budgets_can_be_searched_by(
     'data__dir': str(tmp_path / 'data'),
     # A layer of a batch takes longer than the noise of a busy machine.
     'profile__batch_size': 32,
-    'profile__repeats': 15,
+    'profile__repeats': 9,
     'profile__networks': 3,
   }
   experiment = experiment_lib.create(parse(**changes))

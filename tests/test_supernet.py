@@ -76,9 +76,8 @@ def test_executions_agree_at_every_corner_of_a_named_space(name, images):
     np.testing.assert_allclose(logits, others, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['pixels8', 'tiny'])
-def test_gradients_agree_at_every_corner(name, images):
-  space = in_two_layers(name)
+def test_gradients_agree_at_every_corner(images):
+  space = in_two_layers('pixels8')
   gradients = jax.jit(
     jax.grad(lambda net, arch: (net(images[:2], arch) ** 2).sum())
   )
