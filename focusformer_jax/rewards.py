@@ -80,7 +80,7 @@ def advantages(
   """Rewards as configured, and what each is above the others of its budget.
 
   Shares of the budget that are left unused, and those exceeded, cost reward:
-  both together are the absolute reward of TuNAS (arXiv 2008.06120, section 3).
+  with equal weights that is TuNAS's absolute reward (arXiv 2008.06120).
 
   The baseline of each subnet is the mean reward of the other M - 1 (Kool et
   al. 2019), which leaves the gradient unbiased. Divided by the spread at its
