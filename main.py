@@ -15,10 +15,10 @@ from etils import epath
 import jax
 from ml_collections import config_flags
 
+from focusformer_jax import config as config_lib
 from focusformer_jax import errors
-from focusformer_jax import run
-from focusformer_jax import settings
-from focusformer_jax import train
+from focusformer_jax import stages
+from focusformer_jax.training import loop
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The configuration, such as configs/digits.py.'
@@ -27,7 +27,7 @@ WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where checkpoints and results go; may be a bucket.'
 )
 MODE = flags.DEFINE_enum(
-  'mode', 'run', run.MODES, 'One stage, or all that are not done yet.'
+  'mode', 'run', stages.MODES, 'One stage, or all that are not done yet.'
 )
 COORDINATOR_ADDRESS = flags.DEFINE_string(
   'coordinator_address', None, 'Host and port of process 0, if not on a TPU.'
@@ -114,8 +114,10 @@ def main(argv):
   _keep_compiled_programs()
   _join_processes()
   try:
-    run.run(settings.parse(CONFIG.value), epath.Path(WORKDIR.value), MODE.value)
-  except train.Preempted as stop:
+    stages.run(
+      config_lib.parse(CONFIG.value), epath.Path(WORKDIR.value), MODE.value
+    )
+  except loop.Preempted as stop:
     print(stop, file=sys.stderr)
   except errors.UserError as error:
     _leave(f'error: {error}')

@@ -18,11 +18,11 @@ import matplotlib.pyplot as plt
 from ml_collections import config_flags
 import numpy as np
 
-from focusformer_jax import augment
-from focusformer_jax import data
+from focusformer_jax import config as config_lib
 from focusformer_jax import errors
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import settings as settings_lib
+from focusformer_jax.data import augment
+from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.training import experiment as experiment_lib
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The configuration.')
 ROWS, COLUMNS = 8, 11
@@ -32,7 +32,7 @@ def sheet(experiment: experiment_lib.Experiment) -> np.ndarray:
   """Images of shape (rows, columns, height, width, channels), from 0 to 1."""
   recipe = experiment.recipe
   source, seed = experiment.dataset.split('train'), experiment.settings.seed
-  batches = data.train_batches(source, ROWS, seed)
+  batches = batches_lib.train_batches(source, ROWS, seed)
   batch = next(batches)
   draw = jax.jit(augment.augment, static_argnums=(0, 4))
   columns = [batch['image'] / 255]
@@ -52,7 +52,7 @@ def main(argv):
   if len(argv) != 2:
     sys.exit(__doc__)
   try:
-    experiment = experiment_lib.create(settings_lib.parse(CONFIG.value))
+    experiment = experiment_lib.create(config_lib.parse(CONFIG.value))
     images = sheet(experiment)
   except errors.UserError as error:
     sys.exit(f'error: {error}')

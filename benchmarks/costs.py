@@ -13,8 +13,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from focusformer_jax import convert
-from focusformer_jax import cost
+from focusformer_jax.models import autoformer
+from focusformer_jax.spaces import cost
 
 CASE = {'arch', 'params', 'true_macs_without_relpos'}
 
@@ -38,8 +38,8 @@ def main(paths):
     for case, conventions in cases(
       json.loads(pathlib.Path(path).read_text()), {}
     ):
-      geometry = convert.reference_geometry(conventions)
-      space, (arch,) = convert.reference_space(
+      geometry = autoformer.reference_geometry(conventions)
+      space, (arch,) = autoformer.reference_space(
         [case['arch']], head_dim=conventions.get('head_dim', 64)
       )
       ours = {

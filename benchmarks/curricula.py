@@ -35,10 +35,10 @@ from pymoo.indicators import hv
 
 from configs import digits
 from configs import fashion_mnist
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import run
-from focusformer_jax import settings as settings_lib
-from focusformer_jax import train
+from focusformer_jax import config as config_lib
+from focusformer_jax import stages
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import train
 
 matplotlib.use('agg')
 from matplotlib import pyplot as plt
@@ -100,7 +100,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def settings_of(
   job: str, variant: str, seed: int, more: dict[str, Any] | None = None
-) -> settings_lib.Settings:
+) -> config_lib.Settings:
   """One run's settings, with `more` of them changed."""
   get_config, changes, steps = JOBS[job]
   changes = changes | VARIANTS[variant]
@@ -122,18 +122,18 @@ def settings_of(
   config = get_config()
   with config.unlocked(), config.ignore_type():
     config.update_from_flattened_dict(changes | (more or {}))
-  return settings_lib.parse(config)
+  return config_lib.parse(config)
 
 
 def outcome(
-  settings: settings_lib.Settings, workdir: epath.Path
+  settings: config_lib.Settings, workdir: epath.Path
 ) -> dict[str, Any]:
   """What a run came to, from what is in its workdir; runs what is missing."""
   experiment = experiment_lib.create(settings)
   if not train.is_finished(experiment, workdir):
-    run.run(settings, workdir, 'train')
+    stages.run(settings, workdir, 'train')
   if not (workdir / 'results.json').exists():
-    run.run(settings, workdir, 'search')
+    stages.run(settings, workdir, 'search')
   with train.open_checkpoints(experiment, workdir) as checkpoints:
     state = checkpoints.restore(experiment.abstract_state)
   results = json.loads((workdir / 'results.json').read_text())
@@ -143,7 +143,7 @@ def outcome(
     for name, counts in state.trained._asdict().items()
     if name in ('depth', 'embed_dim')
   }
-  table = experiment.budgets.table
+  table = experiment.cost_bins.table
   return {
     'steps': settings.train.steps,
     'gigamacs': float(state.gigamacs),

@@ -30,12 +30,12 @@ import jax
 import numpy as np
 
 from benchmarks import curricula
-from focusformer_jax import evaluate
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import retrain
 from focusformer_jax import sharding
-from focusformer_jax import subnet
-from focusformer_jax import train
+from focusformer_jax.deploy import retrain
+from focusformer_jax.models import vit
+from focusformer_jax.training import evaluate
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import train
 
 DECODED = 'focus, decoded'
 
@@ -94,7 +94,7 @@ def rivals(
 ) -> list[dict[str, Any]]:
   """The two best of the same cost, of other depths and widths than the row."""
   experiment, state = restore(job, 'uniform', row['supernet'], runs)
-  evaluator, table = evaluate.Evaluator(experiment), experiment.budgets.table
+  evaluator, table = evaluate.Evaluator(experiment), experiment.cost_bins.table
   drawn = evaluator.draw(np.random.default_rng(0), row['macs'], DRAWN)
   by_shape = collections.defaultdict(list)
   for arch in drawn:
@@ -140,8 +140,8 @@ def inherited(job: str, rows: list[dict[str, Any]], runs: pathlib.Path) -> None:
       row[f'inherited_{curriculum}'] = score.accuracy
       folder = folder_of(runs, row) / 'network'
       if not folder.exists():
-        network = jax.device_put(subnet.extract(weights, arch))
-        subnet.save(network, row['architecture'], epath.Path(folder))
+        network = jax.device_put(vit.extract(weights, arch))
+        vit.save(network, row['architecture'], epath.Path(folder))
 
 
 def folder_of(runs: pathlib.Path, row: dict[str, Any]) -> pathlib.Path:

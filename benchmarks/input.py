@@ -43,12 +43,13 @@ import tensorflow_datasets as tfds
 
 from configs import cifar100
 from configs import imagenet2012
-from focusformer_jax import augment
-from focusformer_jax import data
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import settings as settings_lib
+from focusformer_jax import config as config_lib
 from focusformer_jax import sharding
-from focusformer_jax import steps
+from focusformer_jax.data import augment
+from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.data import datasets
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import steps
 
 SIZE, BATCH, AREA = 224, 64, (0.08, 1.0)
 CORES = os.cpu_count() or 1
@@ -128,10 +129,10 @@ def augmentation(config, images: int, rounds: int) -> tuple[float, float]:
   """Seconds of augmenting a batch, and of the whole supernet step."""
   with config.unlocked():
     config.data.batch_size = images
-  settings = settings_lib.parse(config)
+  settings = config_lib.parse(config)
   # Only shapes matter, so no data set is opened.
   classes, size = 100, settings.data.image_size
-  dataset = data.Dataset(
+  dataset = datasets.Dataset(
     name=settings.data.name,
     classes=tuple(map(str, range(classes))),
     channels=3,
@@ -146,7 +147,7 @@ def augmentation(config, images: int, rounds: int) -> tuple[float, float]:
     settings, dataset, sharding.make_mesh(-1, 1, jax.devices()[:1])
   )
   rng = np.random.default_rng(0)
-  batch = data.Batch(
+  batch = datasets.Batch(
     image=rng.integers(0, 256, (images, size, size, 3), np.uint8),
     label=rng.integers(0, classes, images).astype(np.int32),
     weight=np.ones(images, np.float32),
@@ -197,23 +198,23 @@ def main():
     f'{len(raw)} JPEGs of {np.mean([len(e) for e in encoded]) / 1e3:.0f} kB, '
     f'{CORES} cores'
   )
-  jpegs = data.Encoded(raw, SIZE, 3, AREA)
+  jpegs = datasets.Encoded(raw, SIZE, 3, AREA)
   rng = np.random.default_rng(0)
-  small = data.Arrays(
+  small = datasets.Arrays(
     rng.integers(0, 256, (50_000, 32, 32, 3), np.uint8),
     np.zeros(50_000, np.int32),
   )
   paths = {
-    'jpeg': lambda s: rate(data.train_batches(jpegs, BATCH, 0), s),
+    'jpeg': lambda s: rate(batches_lib.train_batches(jpegs, BATCH, 0), s),
     'jpeg_tfdata': lambda s: rate(
       tfdata(encoded, [e['label'] for e in examples]), s
     ),
-    'cifar': lambda s: rate(data.train_batches(small, 512, 0), s),
+    'cifar': lambda s: rate(batches_lib.train_batches(small, 512, 0), s),
   }
   paths |= {d.__name__: functools.partial(limit, encoded, d) for d in DECODERS}
   paths |= {
     f'jpeg, {n} workers': lambda s, n=n: rate(
-      data.train_batches(jpegs, BATCH, 0, workers=n), s
+      batches_lib.train_batches(jpegs, BATCH, 0, workers=n), s
     )
     for n in range(1, CORES + 1)
   }

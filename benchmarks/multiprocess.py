@@ -46,11 +46,11 @@ import numpy as np
 import tensorflow as tf
 
 from configs import digits
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import settings as settings_lib
+from focusformer_jax import config as config_lib
 from focusformer_jax import sharding
-from focusformer_jax import state as state_lib
-from focusformer_jax import train
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import state as state_lib
+from focusformer_jax.training import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -75,7 +75,7 @@ def experiment(job: dict[str, int]) -> experiment_lib.Experiment:
   config = digits.get_config('smoke')
   with config.unlocked():
     config.update_from_flattened_dict(job)
-  return experiment_lib.create(settings_lib.parse(config))
+  return experiment_lib.create(config_lib.parse(config))
 
 
 def saved_state(job: dict[str, int], workdir: pathlib.Path):

@@ -17,8 +17,8 @@ from flax import nnx
 import jax
 import numpy as np
 
-from focusformer_jax import convert
-from focusformer_jax import supernet as supernet_lib
+from focusformer_jax.models import autoformer
+from focusformer_jax.models import supernet as supernet_lib
 
 TOLERANCE = 1e-5
 # What our supernet does not have a switch for; `gp` chooses the pooling.
@@ -43,17 +43,17 @@ def load(prefix: str, execution: str):
     if case.get(flag, value) != value:
       raise SystemExit(f'{prefix}: wanted {flag}={value}, found {case[flag]}')
   arrays = np.load(f'{prefix}.npz')
-  space, archs = convert.reference_space(
+  space, archs = autoformer.reference_space(
     [subnet['arch'] for subnet in case['subnets']], case.get('head_dim', 64)
   )
   supernet = supernet_lib.Supernet(
     space,
-    convert.reference_geometry(case['geometry']),
+    autoformer.reference_geometry(case['geometry']),
     pool='mean' if case.get('gp', True) else 'cls',
     execution=execution,
     rngs=nnx.Rngs(0),
   )
-  supernet = convert.from_autoformer(state_dict(arrays), supernet)
+  supernet = autoformer.from_autoformer(state_dict(arrays), supernet)
   return supernet, archs, arrays
 
 

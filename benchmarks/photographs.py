@@ -11,7 +11,7 @@ from PIL import ImageEnhance
 from PIL import ImageFilter
 import tensorflow_datasets as tfds
 
-from focusformer_jax import decode
+from focusformer_jax.data import image_decoding
 
 
 class Photographs(tfds.core.GeneratorBasedBuilder):
@@ -41,7 +41,9 @@ class Photographs(tfds.core.GeneratorBasedBuilder):
     rng = np.random.default_rng(0)
     for i in range(self.COUNT):
       image = photographs[i % 2]
-      box = decode.random_box(rng, image.height, image.width, (0.3, 1.0))
+      box = image_decoding.random_box(
+        rng, image.height, image.width, (0.3, 1.0)
+      )
       width, height = (500, 375) if rng.random() < 0.75 else (375, 500)
       scale = rng.uniform(0.8, 1.2)
       image = image.resize(

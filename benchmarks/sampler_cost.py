@@ -22,19 +22,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from absl import flags
 import jax
 
-from focusformer_jax import data
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import settings as settings_lib
+from focusformer_jax import config as config_lib
 from focusformer_jax import sharding
-from focusformer_jax import state as state_lib
-from focusformer_jax import steps
+from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import state as state_lib
+from focusformer_jax.training import steps
 
 
-def load(path: pathlib.Path) -> settings_lib.Settings:
+def load(path: pathlib.Path) -> config_lib.Settings:
   spec = importlib.util.spec_from_file_location('config', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return settings_lib.parse(module.get_config())
+  return config_lib.parse(module.get_config())
 
 
 def draw(experiment, state: state_lib.TrainState):
@@ -60,7 +60,9 @@ def main():
   state = state.replace(step=state.step + settings.train.steps - 1)
 
   def batch(split: str, size: int):
-    batches = data.train_batches(experiment.dataset.split(split), size, 0)
+    batches = batches_lib.train_batches(
+      experiment.dataset.split(split), size, 0
+    )
     return sharding.put_batch(experiment.mesh, next(batches))
 
   train = batch('train', settings.data.batch_size)

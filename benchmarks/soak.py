@@ -41,7 +41,7 @@ from etils import epath
 
 from benchmarks import multiprocess
 from focusformer_jax import errors
-from focusformer_jax import train
+from focusformer_jax.training import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

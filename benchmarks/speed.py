@@ -16,14 +16,14 @@ times that for training, at the rate of a plain float32 `jnp.matmul`: the better
 of one shaped like the network's, (3152, 240) @ (240, 960), and of one of 2048
 cubed, shared out in the same way. `of floor` is floor / measured; 1 would be
 matrix products and no more. MACs are those of `cost.macs`: no relative
-position, no rematerialisation.
+position, no rematerialization.
 
 A peer is any program that, started as `COMMAND GEOMETRY SUBNETS`, prints one
 line `{"smallest": seconds, "middle": seconds, "largest": seconds}` of its own
 train steps (other lines may come before it) and exits. SUBNETS is JSON: batch,
 channels, classes and, under `subnets`, what `SearchSpace.to_json` says of each,
 with `mlp_dim` a layer. Peer and our own rounds alternate; `peer/ours` is the
-median of the ratios of neighbouring rounds, above 1 where ours is faster.
+median of the ratios of neighboring rounds, above 1 where ours is faster.
 """
 
 import argparse
@@ -44,17 +44,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from focusformer_jax import cost
-from focusformer_jax import optim
 from focusformer_jax import sharding
-from focusformer_jax import space as space_lib
-from focusformer_jax import supernet as supernet_lib
+from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.spaces import cost
+from focusformer_jax.spaces import search_space
+from focusformer_jax.training import optim
 
-SPACE = space_lib.TINY
+SPACE = search_space.TINY
 # Geometry and batch: ImageNet's usual sizes, and 65 tokens of small images.
 CASES = {
-  '224/16': (space_lib.Geometry(224, 16, 3, 1000), 16),
-  '32/4': (space_lib.Geometry(32, 4, 3, 100), 128),
+  '224/16': (search_space.Geometry(224, 16, 3, 1000), 16),
+  '32/4': (search_space.Geometry(32, 4, 3, 100), 128),
 }
 PHASES = ('train', 'forward')
 SUBNETS = {
@@ -125,7 +125,7 @@ class Program:
     labels_B = jnp.arange(batch) % geometry.num_classes
     self.batch = split(mesh, (images_BHWC, labels_B))
     self.archs = {
-      name: whole(mesh, space_lib.stack([arch]))
+      name: whole(mesh, search_space.stack([arch]))
       for name, arch in SUBNETS.items()
     }
 
@@ -200,7 +200,7 @@ def peer_seconds(command: str, geometry_name: str) -> dict[str, float]:
   return json.loads(answer.stdout.strip().splitlines()[-1])
 
 
-def describe(arch: space_lib.Architecture) -> dict:
+def describe(arch: search_space.Architecture) -> dict:
   """The sizes of a subnet, for a program that does not know our space."""
   sizes = SPACE.to_json(arch)
   width = sizes['embed_dim']

@@ -46,12 +46,12 @@ import jax
 from jax.experimental import topologies
 
 from configs import imagenet2012
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import settings as settings_lib
+from focusformer_jax import config as config_lib
 from focusformer_jax import sharding
-from focusformer_jax import space as space_lib
-from focusformer_jax import steps
-from focusformer_jax import supernet as supernet_lib
+from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.spaces import search_space
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import steps
 
 GIB, MIB = 2**30, 2**20
 
@@ -90,7 +90,7 @@ class ImageNetFacts:
 
 def settings(
   space: str, execution: str, batch_size: int, data: int, fsdp: int
-) -> settings_lib.Settings:
+) -> config_lib.Settings:
   """The run of configs/imagenet2012.py, on other devices."""
   c = imagenet2012.get_config(space)
   c.data.batch_size = batch_size
@@ -99,7 +99,7 @@ def settings(
   c.sampler.batch_size = batch_size
   c.mesh.data = data
   c.mesh.fsdp = fsdp
-  return settings_lib.parse(c)
+  return config_lib.parse(c)
 
 
 def lower(
@@ -110,7 +110,7 @@ def lower(
   batch = experiment.abstract_batch(experiment.settings.data.batch_size)
   if program == 'score':
     count = experiment.settings.search.subnets_per_call
-    archs = space_lib.stack([experiment.space.largest()] * count)
+    archs = search_space.stack([experiment.space.largest()] * count)
     step = functools.partial(steps.eval_step, experiment)
     return jax.jit(step).lower(state.supernet, archs, batch)
   step = {'supernet': steps.supernet_step, 'sampler': steps.sampler_step}

@@ -13,8 +13,8 @@ from scratch for 300 epochs reached 67.7% to 69.9% (ViT-Bench-101's data file).
 import ml_collections
 
 from configs import default
-from focusformer_jax import augment
-from focusformer_jax import space
+from focusformer_jax import config as config_lib
+from focusformer_jax.spaces import search_space
 
 MEAN = (0.5071, 0.4865, 0.4409)
 STD = (0.2673, 0.2564, 0.2762)
@@ -29,7 +29,7 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
   c.data.eval_batch_size = 512
 
   c.augment = default.section(
-    augment.Recipe(
+    config_lib.Augment(
       crop_padding=4,
       flip=True,
       randaugment_layers=2,
@@ -42,7 +42,7 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
     )
   )
 
-  c.space = default.section(space.PIXELS32)
+  c.space = default.section(search_space.PIXELS32)
   c.supernet.patch_size = 4
   c.supernet.init_std = 0.02
   c.supernet.drop_path = 0.1

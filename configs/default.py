@@ -7,9 +7,8 @@ import dataclasses
 
 import ml_collections
 
-from focusformer_jax import augment
-from focusformer_jax import settings
-from focusformer_jax import space
+from focusformer_jax import config as config_lib
+from focusformer_jax.spaces import search_space
 
 
 def section(value) -> ml_collections.ConfigDict:
@@ -43,11 +42,11 @@ def get_config() -> ml_collections.ConfigDict:
   # Processes that decode images; 0 for threads, enough for small images.
   c.data.workers = 0
 
-  # Changes made to training images on the device; see `augment.Recipe`.
-  c.augment = section(augment.Recipe(mean=(0.5,), std=(0.5,)))
+  # Changes made to training images on the device; see `config_lib.Augment`.
+  c.augment = section(config_lib.Augment(mean=(0.5,), std=(0.5,)))
 
   # The choices; `focusformer_jax/space.py` names some spaces.
-  c.space = section(space.PIXELS8)
+  c.space = section(search_space.PIXELS8)
 
   c.supernet = ml_collections.ConfigDict()
   # Pixels along one side of a patch.
@@ -223,7 +222,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.retrain.checkpoint_every = 200
   # As `config.optimizer`, for a network on its own.
   c.retrain.optimizer = section(
-    settings.Optimizer(
+    config_lib.Optimizer(
       learning_rate=1e-3,
       reference_batch=0,
       final_learning_rate=1e-5,
@@ -284,7 +283,7 @@ def shrink(c: ml_collections.ConfigDict) -> None:
   c.data.eval_batch_size = 16
   c.sampler.batch_size = 16
   c.space = section(
-    space.SearchSpace(
+    search_space.SearchSpace(
       embed_dim=(24, 48),
       depth=(1, 2),
       num_heads=(1, 2),

@@ -14,8 +14,8 @@ the same data set out of Debian's package. On two CPU cores 26 epochs take about
 import ml_collections
 
 from configs import default
-from focusformer_jax import augment
-from focusformer_jax import space
+from focusformer_jax import config as config_lib
+from focusformer_jax.spaces import search_space
 
 UPDATES_PER_EPOCH = 54_000 // 128
 
@@ -28,10 +28,10 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
   c.data.eval_batch_size = 512
 
   c.augment = default.section(
-    augment.Recipe(flip=True, mean=(0.286,), std=(0.353,))
+    config_lib.Augment(flip=True, mean=(0.286,), std=(0.353,))
   )
 
-  c.space = default.section(space.PIXELS28)
+  c.space = default.section(search_space.PIXELS28)
   c.supernet.patch_size = 4
 
   c.train.steps = 26 * UPDATES_PER_EPOCH

@@ -19,8 +19,8 @@ nothing else limits it; reading 67,000 images a second very likely does.
 import ml_collections
 
 from configs import default
-from focusformer_jax import augment
-from focusformer_jax import space
+from focusformer_jax import config as config_lib
+from focusformer_jax.spaces import search_space
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -44,7 +44,7 @@ def get_config(variant: str = 'tiny') -> ml_collections.ConfigDict:
   c.data.workers = 16
 
   c.augment = default.section(
-    augment.Recipe(
+    config_lib.Augment(
       resized_crop=(0.08, 1.0),
       flip=True,
       randaugment_layers=2,
@@ -58,7 +58,7 @@ def get_config(variant: str = 'tiny') -> ml_collections.ConfigDict:
   )
 
   c.space = default.section(
-    space.NAMED['tiny' if variant == 'smoke' else variant]
+    search_space.NAMED['tiny' if variant == 'smoke' else variant]
   )
   c.supernet.patch_size = 16
   c.supernet.init_std = 0.02

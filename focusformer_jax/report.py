@@ -10,18 +10,21 @@ from typing import Any
 
 from etils import epath
 import matplotlib
-import tensorflow as tf
-
-matplotlib.use('agg')
 from matplotlib import figure as figure_lib
 from matplotlib import pyplot as plt
 from matplotlib import ticker
 import numpy as np
+import tensorflow as tf
 
-from focusformer_jax import files
+from focusformer_jax import atomic_files
+from focusformer_jax import text_table
+
+matplotlib.use('agg')
+
 
 # Points (step, value) by the name of a metric.
 Curves = dict[str, list[tuple[int, float]]]
+
 
 COLUMNS = (
   ('method', '{}'),
@@ -32,18 +35,24 @@ COLUMNS = (
   ('heldout_accuracy', '{:.2%}'),
   ('test_accuracy', '{:.2%}'),
 )
+
+
 HEADINGS = {
   'macs': 'MACs',
   'latency': 'µs',
   'heldout_accuracy': 'held-out',
   'test_accuracy': 'test',
 }
+
+
 STYLES = {
   'sampler': dict(marker='o', color='tab:blue', zorder=4),
   'evolution': dict(marker='^', color='tab:green', linestyle='-.'),
   'nsga2': dict(marker='D', color='tab:purple', linestyle=':'),
   'random': dict(marker='s', color='tab:orange', linestyle='--'),
 }
+
+
 COSTS = {
   'macs': 'MACs of one image',
   'params': 'parameters',
@@ -67,22 +76,9 @@ def _cells(results: dict[str, Any]) -> list[list[str]]:
   ]
 
 
-def align(rows: list[list[str]]) -> str:
-  """Cells in columns, a line under the headings; numbers to the right."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    '  '.join(
-      cell.ljust(width) if i == 0 else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    )
-    for row in rows
-  ]
-  return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:]])
-
-
 def table(results: dict[str, Any]) -> str:
   """The results as aligned text."""
-  return align(_cells(results))
+  return text_table.align(_cells(results))
 
 
 def pareto_plot(results: dict[str, Any]) -> figure_lib.Figure:
@@ -395,7 +391,7 @@ def _page(found: dict[str, Any], plots: dict[str, bytes]) -> str:
     )
   if 'policy' in found:
     part(
-      'What the sampler learnt',
+      'What the sampler learned',
       '<p>Probabilities are exact, and given the budget. A layer with less '
       'than all of it in its row is dead in some subnets.</p>',
       _html_table(_decoded(found['policy'])),
@@ -421,7 +417,7 @@ def report(workdir: epath.Path) -> str:
   `report/report.json`.
   """
   found = {
-    name: files.read_json(workdir / path)
+    name: atomic_files.read_json(workdir / path)
     for name, path in FILES.items()
     if (workdir / path).exists()
   } | {'metrics': read_metrics(workdir / 'metrics')}
@@ -432,11 +428,11 @@ def report(workdir: epath.Path) -> str:
   plots = {name: _png(figure) for name, figure in figures.items()}
   text = table(found['results'])
   for name, png in plots.items():
-    files.write(workdir / 'report' / f'{name}.png', png)
-  files.write(
+    atomic_files.write(workdir / 'report' / f'{name}.png', png)
+  atomic_files.write(
     workdir / 'report' / 'report.json', json.dumps(found, indent=2) + '\n'
   )
-  files.write(workdir / 'pareto.png', plots['pareto'])
-  files.write(workdir / 'table.txt', text + '\n')
-  files.write(workdir / 'report.html', _page(found, plots))
+  atomic_files.write(workdir / 'pareto.png', plots['pareto'])
+  atomic_files.write(workdir / 'table.txt', text + '\n')
+  atomic_files.write(workdir / 'report.html', _page(found, plots))
   return text

@@ -7,12 +7,12 @@ over both.
 import functools
 from typing import TypeVar
 
+from flax import nnx
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
 from focusformer_jax import errors
-from focusformer_jax import layers
 
 Tree = TypeVar('Tree')
 
@@ -71,7 +71,9 @@ def shardings(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
     sharding = NamedSharding(mesh, _spec(node, mesh))
     return jax.tree.map(lambda _: sharding, node)
 
-  return jax.tree.map(place, tree, is_leaf=layers.is_param)
+  return jax.tree.map(
+    place, tree, is_leaf=lambda node: isinstance(node, nnx.Variable)
+  )
 
 
 def gather(shard: jax.Array, spec: PartitionSpec) -> jax.Array:

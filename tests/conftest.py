@@ -19,14 +19,14 @@ import jax
 import pytest
 
 from configs import digits
-from focusformer_jax import cost
-from focusformer_jax import evaluate
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import policy
-from focusformer_jax import settings as settings_lib
-from focusformer_jax import space as space_lib
-from focusformer_jax import supernet as supernet_lib
-from focusformer_jax import train
+from focusformer_jax import config as config_lib
+from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.sampler import cost_bins
+from focusformer_jax.spaces import cost
+from focusformer_jax.spaces import search_space
+from focusformer_jax.training import evaluate
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = ROOT / 'tests' / 'data'
@@ -39,14 +39,14 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 # Grain reads an absl flag, and pytest parses none.
 flags.FLAGS.mark_as_parsed()
 
-TINY = space_lib.SearchSpace(
+TINY = search_space.SearchSpace(
   embed_dim=(8, 12),
   depth=(1, 2),
   num_heads=(1, 2),
   mlp_ratio=(1.0, 2.5),
   head_dim=4,
 )
-GEOMETRY = space_lib.Geometry(
+GEOMETRY = search_space.Geometry(
   image_size=8,
   patch_size=2,
   channels=1,
@@ -75,8 +75,8 @@ def images():
 
 
 @pytest.fixture(scope='session')
-def budgets() -> policy.Budgets:
-  return policy.Budgets(cost.macs(TINY, GEOMETRY), max_bins=4000)
+def budgets() -> cost_bins.CostBins:
+  return cost_bins.CostBins(cost.macs(TINY, GEOMETRY), max_bins=4000)
 
 
 @pytest.fixture(scope='session')
@@ -84,7 +84,7 @@ def tfds_dir(tmp_path_factory) -> str:
   return str(tmp_path_factory.mktemp('tfds'))
 
 
-def smoke_settings(tfds_dir, **changes) -> settings_lib.Settings:
+def smoke_settings(tfds_dir, **changes) -> config_lib.Settings:
   """The digits job in a few steps; `changes` are keys with `__` for dots."""
   config = digits.get_config('smoke')
   changes = {'data__dir': tfds_dir, 'data__batch_size': 32} | changes
@@ -92,7 +92,7 @@ def smoke_settings(tfds_dir, **changes) -> settings_lib.Settings:
     for key, value in changes.items():
       *sections, name = key.split('__')
       functools.reduce(operator.getitem, sections, config)[name] = value
-  return settings_lib.parse(config)
+  return config_lib.parse(config)
 
 
 @pytest.fixture(scope='session')

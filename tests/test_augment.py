@@ -9,10 +9,11 @@ from PIL import ImageOps
 import pytest
 from scipy import stats
 
-from focusformer_jax import augment
+from focusformer_jax import config as config_lib
+from focusformer_jax.data import augment
 
 KEY = jax.random.key(0)
-FULL = augment.Recipe(
+FULL = config_lib.Augment(
   crop_padding=2,
   flip=True,
   randaugment_layers=2,
@@ -169,7 +170,7 @@ def test_op_by_hand(op, strength, image, expected):
 
 def test_ops_are_drawn_equally_often_and_half_of_the_time():
   count = 20_000
-  recipe = augment.Recipe(randaugment_magnitude=9.0, randaugment_std=0.5)
+  recipe = config_lib.Augment(randaugment_magnitude=9.0, randaugment_std=0.5)
   draw = jax.jit(jax.vmap(functools.partial(augment.draw_op, recipe)))
   ops, strengths = map(np.asarray, draw(jax.random.split(KEY, count)))
   counts = np.bincount(ops, minlength=len(augment.Op))
@@ -190,26 +191,26 @@ def test_ops_are_drawn_equally_often_and_half_of_the_time():
 
 def test_randaugment_leaves_a_quarter_alone_with_two_layers():
   images = photographs(400)
-  recipe = augment.Recipe(randaugment_layers=2)
+  recipe = config_lib.Augment(randaugment_layers=2)
   found, _ = run(recipe, images)
   same = np.all(np.isclose(found * 255, images, atol=1e-3), axis=(1, 2, 3))
   # Some ops do nothing to noise, so a little more than a quarter.
   assert 0.2 < np.mean(same) < 0.4
 
 
-def test_an_empty_recipe_normalises():
+def test_an_empty_recipe_normalizes():
   images = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
-  recipe = augment.Recipe(mean=(0.0, 0.2, 0.5), std=(1.0, 0.1, 0.25))
+  recipe = config_lib.Augment(mean=(0.0, 0.2, 0.5), std=(1.0, 0.1, 0.25))
   found, targets = run(recipe, images, np.array([2]))
   np.testing.assert_allclose(found, [[[[0, 0, 2]]]], atol=1e-6)
-  evaluated = augment.normalise(recipe, images)
+  evaluated = augment.normalize(recipe, images)
   np.testing.assert_allclose(found, evaluated, atol=1e-6)
   np.testing.assert_array_equal(targets, [[0, 0, 1]])
 
 
 def test_flip_is_a_mirror_half_of_the_time():
   image = np.array([[1, 2], [3, 4]], np.uint8)[..., None]
-  recipe = augment.Recipe(flip=True)
+  recipe = config_lib.Augment(flip=True)
   found, _ = run(recipe, np.stack([image] * 1000))
   pixels = np.round(found * 255).astype(int)[..., 0]
   flipped = pixels[:, 0, 0] == 2
@@ -227,7 +228,7 @@ def test_crop_offsets_are_uniform_and_what_comes_in_is_black():
   # Every pixel tells its place: 1 + 6 row + column.
   image = np.arange(1, 37, dtype=np.uint8).reshape(size, size, 1)
   padded = np.pad(image[..., 0], padding)
-  recipe = augment.Recipe(crop_padding=padding)
+  recipe = config_lib.Augment(crop_padding=padding)
   found, _ = run(recipe, np.stack([image] * count))
   found = np.round(found * 255).astype(int)[..., 0]
   # Pixel (2, 2) of every crop comes from inside of the image.
@@ -243,7 +244,7 @@ def test_resized_crop_keeps_the_asked_for_share():
   # Red counts rows and green columns, so slopes tell the size of a box.
   rows, columns = np.meshgrid(*[np.arange(32) * 8] * 2, indexing='ij')
   image = np.stack([rows, columns, 0 * rows], -1).astype(np.uint8)
-  recipe = augment.Recipe(resized_crop=(0.25, 0.5))
+  recipe = config_lib.Augment(resized_crop=(0.25, 0.5))
   found, _ = run(recipe, np.stack([image] * 200))
   found = found * 255
   height = (found[:, 24, 16, 0] - found[:, 8, 16, 0]) / 16 / 8
@@ -262,13 +263,13 @@ def test_resized_crop_keeps_the_asked_for_share():
 
 def test_resized_crop_of_everything_is_the_image():
   images = photographs(20)
-  found, _ = run(augment.Recipe(resized_crop=(1.0, 1.0)), images)
+  found, _ = run(config_lib.Augment(resized_crop=(1.0, 1.0)), images)
   np.testing.assert_allclose(found * 255, images, atol=1e-3)
 
 
 def test_erase_puts_noise_into_one_box():
   images = np.zeros((1000, 16, 16, 1), np.uint8)
-  found, _ = run(augment.Recipe(erase=0.4), images)
+  found, _ = run(config_lib.Augment(erase=0.4), images)
   erased = found[..., 0] != 0
   chosen = erased.any(axis=(1, 2))
   assert abs(np.mean(chosen) - 0.4) < 0.05
@@ -296,7 +297,7 @@ def mix_two(recipe, keys):
 
 
 def test_mixed_labels_follow_the_pixels():
-  recipe = augment.Recipe(mixup=0.8, cutmix=1.0, switch=0.3)
+  recipe = config_lib.Augment(mixup=0.8, cutmix=1.0, switch=0.3)
   keys = jax.random.split(KEY, 2000)
   images, targets = map(np.asarray, mix_two(recipe, keys))
   # How much of the first image is the second: pixels are 0 and 1.
@@ -323,7 +324,7 @@ def test_partner_is_the_mirror_in_the_batch():
   images = np.arange(0, 60, 10, dtype=np.uint8).reshape(6, 1, 1, 1)
   images = np.tile(images, (1, 4, 4, 1))
   labels = np.arange(6)
-  recipe = augment.Recipe(mixup=1.0, label_smoothing=0.3)
+  recipe = config_lib.Augment(mixup=1.0, label_smoothing=0.3)
   found, targets = run(recipe, images, labels, num_classes=6)
   # Each class is now a share of its own image and of its mirror.
   share = targets[0, 0] - 0.05
@@ -367,7 +368,7 @@ def test_a_key_is_a_batch_on_any_number_of_devices():
 def test_compiled_is_eager():
   # Few stages: without jit, every primitive compiles by itself.
   images, labels = photographs(4), np.array([0, 1, 2, 0])
-  recipe = augment.Recipe(flip=True, label_smoothing=0.1)
+  recipe = config_lib.Augment(flip=True, label_smoothing=0.1)
   eager = augment.augment(recipe, KEY, images, labels, 3)
   compiled = run(recipe, images, labels)
   np.testing.assert_allclose(eager[0], compiled[0], atol=1e-6)
@@ -399,7 +400,7 @@ def test_compiled_is_eager():
 )
 def test_a_recipe_refuses_nonsense(field, value):
   with pytest.raises(ValueError) as error:
-    augment.Recipe(**{field: value})
+    config_lib.Augment(**{field: value})
   message = str(error.value)
   assert message.startswith(f'{field}: wanted')
   assert message.endswith(f'found {value!r}')
@@ -407,14 +408,14 @@ def test_a_recipe_refuses_nonsense(field, value):
 
 def test_a_recipe_refuses_two_crops():
   with pytest.raises(ValueError, match='crop_padding: wanted 0 with'):
-    augment.Recipe(crop_padding=4, resized_crop=(0.5, 1.0))
+    config_lib.Augment(crop_padding=4, resized_crop=(0.5, 1.0))
 
 
 def test_refuses_images_that_do_not_fit():
-  recipe = augment.Recipe(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))
+  recipe = config_lib.Augment(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))
   with pytest.raises(ValueError, match='images: wanted uint8, found float32'):
-    augment.normalise(recipe, np.zeros((1, 4, 4, 3), np.float32))
+    augment.normalize(recipe, np.zeros((1, 4, 4, 3), np.float32))
   with pytest.raises(ValueError, match='mean: wanted one number, or 1 as'):
-    augment.normalise(recipe, np.zeros((1, 4, 4, 1), np.uint8))
+    augment.normalize(recipe, np.zeros((1, 4, 4, 1), np.uint8))
   with pytest.raises(ValueError, match='wanted 1 or 3 channels, found 4'):
     augment.augment(recipe, KEY, np.zeros((1, 4, 4, 4), np.uint8), [0], 3)

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from focusformer_jax import data
 from focusformer_jax import errors
-from focusformer_jax import run
-from focusformer_jax import train
+from focusformer_jax import stages
+from focusformer_jax.data import datasets
+from focusformer_jax.training import train
 from tests.conftest import smoke_settings
 
 
@@ -107,7 +107,7 @@ def test_a_wrong_config(tfds_dir, key, value):
 )
 def test_a_config_that_does_not_fit(tfds_dir, tmp_path, key, changes):
   workdir = tmp_path / 'new'
-  complaint(key, run.run, smoke_settings(tfds_dir, **changes), workdir)
+  complaint(key, stages.run, smoke_settings(tfds_dir, **changes), workdir)
   assert not workdir.exists()
 
 
@@ -127,12 +127,12 @@ def test_a_checkpoint_of_another_config(
 ):
   before = contents(trained)
   settings = smoke_settings(tfds_dir, **changes)
-  complaint(key, run.run, settings, trained)
+  complaint(key, stages.run, settings, trained)
   assert contents(trained) == before
 
 
 def test_a_data_set_that_changed(tfds_dir, trained, on_one_device, monkeypatch):
-  real = data.open_dataset
+  real = datasets.open_dataset
 
   def with_an_image_more(*arguments):
     dataset = real(*arguments)
@@ -140,9 +140,9 @@ def test_a_data_set_that_changed(tfds_dir, trained, on_one_device, monkeypatch):
     return dataset
 
   before = contents(trained)
-  monkeypatch.setattr(data, 'open_dataset', with_an_image_more)
+  monkeypatch.setattr(datasets, 'open_dataset', with_an_image_more)
   line = complaint(
-    'config.data', run.run, smoke_settings(tfds_dir), trained, 'train'
+    'config.data', stages.run, smoke_settings(tfds_dir), trained, 'train'
   )
   assert "'train': 1438" in line
   assert "'train': 1437" in line
@@ -177,7 +177,7 @@ def test_a_data_set_that_changed(tfds_dir, trained, on_one_device, monkeypatch):
 def test_a_wrong_workdir(tfds_dir, tmp_path, on_one_device, key, mode, prepare):
   prepare(tmp_path / 'run')
   before = contents(tmp_path)
-  complaint(key, run.run, smoke_settings(tfds_dir), tmp_path / 'run', mode)
+  complaint(key, stages.run, smoke_settings(tfds_dir), tmp_path / 'run', mode)
   assert contents(tmp_path) == before
 
 

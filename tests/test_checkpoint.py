@@ -3,8 +3,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from focusformer_jax import checkpoint
 from focusformer_jax import sharding
+from focusformer_jax.training import checkpoint
 
 
 def test_checksums_see_every_bit_but_not_the_sharding():

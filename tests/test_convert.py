@@ -13,9 +13,9 @@ import pytest
 import safetensors.numpy
 
 from benchmarks import parity
-from focusformer_jax import convert
 from focusformer_jax import errors
-from focusformer_jax import subnet
+from focusformer_jax.models import autoformer
+from focusformer_jax.models import vit
 from tests.conftest import DATA
 
 CASES = ('parity_small', 'parity_unmodified')
@@ -42,12 +42,12 @@ def assert_same(one, other):
 def test_there_and_back_again(case, tmp_path):
   net, _, wanted = load(case)
   path = epath.Path(tmp_path) / 'supernet.safetensors'
-  convert.write(net, path)
+  autoformer.write(net, path)
   found = safetensors.numpy.load(path.read_bytes())
   assert found.keys() == wanted.keys()
   for name, array in wanted.items():
     np.testing.assert_array_equal(found[name], array, err_msg=name)
-  assert_same(convert.from_autoformer(convert.read(path), net), net)
+  assert_same(autoformer.from_autoformer(autoformer.read(path), net), net)
 
 
 def test_a_subnet_reads_prefixes_of_its_supernet(small):
@@ -55,12 +55,12 @@ def test_a_subnet_reads_prefixes_of_its_supernet(small):
   for arch in archs[:3]:
     architecture = net.space.to_json(arch)
     alone = jax.eval_shape(
-      lambda: subnet.create(architecture, net.geometry, rngs=nnx.Rngs(0))  # noqa: B023 (used at once)
+      lambda: vit.create(architecture, net.geometry, rngs=nnx.Rngs(0))  # noqa: B023 (used at once)
     )
-    alone = convert.from_autoformer(state, alone)
-    assert_same(alone, subnet.extract(jax.device_get(net), arch))
+    alone = autoformer.from_autoformer(state, alone)
+    assert_same(alone, vit.extract(jax.device_get(net), arch))
     # Its own tensors are a state dict too, with no more than it reads.
-    again = convert.from_autoformer(convert.to_autoformer(alone), alone)
+    again = autoformer.from_autoformer(autoformer.to_autoformer(alone), alone)
     assert_same(again, alone)
 
 
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_named(small, name, change, message):
   if change is not None:
     state[name] = array[change]
   with pytest.raises(ValueError) as error:
-    convert.from_autoformer(state, net)
+    autoformer.from_autoformer(state, net)
   assert str(error.value).startswith(f'wanted {name} {message}')
 
 
@@ -97,12 +97,12 @@ def test_more_classes_or_patches_are_no_width(small, name, axis):
   net, _, state = small
   longer = np.concatenate([state[name], state[name]], axis=axis)
   with pytest.raises(ValueError, match=f'wanted {name}'):
-    convert.from_autoformer({**state, name: longer}, net)
+    autoformer.from_autoformer({**state, name: longer}, net)
 
 
 def read(path):
   with pytest.raises(errors.UserError) as error:
-    convert.read(epath.Path(path))
+    autoformer.read(epath.Path(path))
   assert '\n' not in str(error.value)
   return str(error.value)
 
@@ -150,7 +150,7 @@ def test_files_of_torch(small, tmp_path):
   path = epath.Path(tmp_path) / 'x.pth'
   for saved in (tensors, {'model': tensors}):
     torch.save(saved, path)
-    assert_same(convert.from_autoformer(convert.read(path), net), net)
+    assert_same(autoformer.from_autoformer(autoformer.read(path), net), net)
   for other in ([1], {'model': 1}):
     torch.save(other, path)
     assert read(path).startswith('wanted tensors alone in')

@@ -3,13 +3,13 @@ import numpy as np
 import pytest
 
 from benchmarks import costs
-from focusformer_jax import cost
-from focusformer_jax import layers
-from focusformer_jax import space as space_lib
-from focusformer_jax import subnet
+from focusformer_jax.models import layers
+from focusformer_jax.models import vit
+from focusformer_jax.spaces import cost
+from focusformer_jax.spaces import search_space
 from tests.conftest import DATA, GEOMETRY, TINY, make_supernet
 
-IMAGENET = space_lib.Geometry(224, 16, 3, 1000)
+IMAGENET = search_space.Geometry(224, 16, 3, 1000)
 
 
 def test_reference_counts(capsys):
@@ -24,7 +24,7 @@ def test_a_wrong_count_is_found(tmp_path):
 
 
 @pytest.mark.parametrize('make', [cost.macs, cost.params])
-@pytest.mark.parametrize('space', [space_lib.TINY, space_lib.BASE])
+@pytest.mark.parametrize('space', [search_space.TINY, search_space.BASE])
 def test_traced_and_batched_costs_are_exact(make, space):
   table = make(space, IMAGENET)
   keys = jax.random.split(jax.random.key(0), 16)
@@ -32,7 +32,7 @@ def test_traced_and_batched_costs_are_exact(make, space):
   units = jax.jit(jax.vmap(table.units))(archs)
   assert np.array_equal(np.int64(units) * table.unit, table.of_all(archs))
   assert np.array_equal(units, jax.jit(table.units)(archs))
-  for arch, count in zip(space_lib.unstack(archs), units, strict=True):
+  for arch, count in zip(search_space.unstack(archs), units, strict=True):
     e, depth = int(arch.embed_dim), space.depth[int(arch.depth)]
     wanted = int(table.stem_E[e])
     for layer in range(depth):
@@ -45,7 +45,7 @@ def test_params_are_those_of_the_extracted_network():
   table = cost.params(TINY, GEOMETRY)
   net = make_supernet()
   for arch in TINY.corners():
-    assert subnet.count_params(subnet.extract(net, arch)) == table.of(arch)
+    assert vit.count_params(vit.extract(net, arch)) == table.of(arch)
 
 
 @pytest.mark.parametrize('make', [cost.macs, cost.params])
@@ -59,8 +59,8 @@ def test_range_is_that_of_the_corners(make):
 @pytest.mark.parametrize('name', ['pixels8', 'pixels28', 'pixels32'])
 def test_our_spaces_span_a_factor_of_eight(name):
   size = int(name.removeprefix('pixels'))
-  geometry = space_lib.Geometry(size, 2 if size == 8 else 4, 3, 10)
-  table = cost.macs(space_lib.NAMED[name], geometry)
+  geometry = search_space.Geometry(size, 2 if size == 8 else 4, 3, 10)
+  table = cost.macs(search_space.NAMED[name], geometry)
   assert table.maximum >= 8 * table.minimum
 
 

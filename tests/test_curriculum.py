@@ -6,9 +6,9 @@ import pytest
 from scipy import stats
 
 from configs import digits
-from focusformer_jax import curriculum
-from focusformer_jax import policy
-from focusformer_jax import settings as settings_lib
+from focusformer_jax import config as config_lib
+from focusformer_jax.sampler import conditional
+from focusformer_jax.training import curricula
 from tests.conftest import TINY
 from tests.test_policy import ALL
 from tests.test_policy import COSTS
@@ -21,12 +21,12 @@ def parse(name, distillation='none', **options):
   with config.unlocked():
     config.curriculum.update({'name': name, 'subnets': COUNT, **options})
     config.distillation.loss = distillation
-  return settings_lib.parse(config)
+  return config_lib.parse(config)
 
 
 def draw(budgets, settings, step=0, policy=None, score=None):
   """Indices into `ALL` of 1,000 calls' draws, of shape (1000, 4)."""
-  make = curriculum.make(settings, TINY, budgets)
+  make = curricula.make(settings, TINY, budgets)
   keys = jax.random.split(jax.random.key(7), CALLS)
   archs = jax.jit(jax.vmap(lambda key: make(key, step, policy, score)))(keys)
   return identify(archs)
@@ -118,13 +118,15 @@ def test_a_sandwich_has_its_ends(budgets, distillation):
 
 def test_focus_is_uniform_until_the_warm_up_ends(budgets):
   found = draw(
-    budgets, parse('focus'), policy=lambda budget: policy.choice_weights(TINY)
+    budgets,
+    parse('focus'),
+    policy=lambda budget: conditional.choice_weights(TINY),
   )
   assert_distributed(found, uniform_over_choices())
 
 
 def test_focus_draws_from_the_policy_within_a_log_uniform_budget(budgets):
-  weights = policy.choice_weights(TINY)
+  weights = conditional.choice_weights(TINY)
   found = draw(
     budgets,
     parse('focus', epsilon=0.0, final_epsilon=0.0),
@@ -139,6 +141,6 @@ def test_focus_draws_from_the_policy_within_a_log_uniform_budget(budgets):
 def test_after_warmup_moves_in_a_straight_line():
   settings = parse('focus', warmup=0.5)
   total = settings.train.steps
-  schedule = curriculum.after_warmup(settings, 0.4, 0.1)
+  schedule = curricula.after_warmup(settings, 0.4, 0.1)
   found = [float(schedule(total * share)) for share in (0, 0.5, 0.75, 1)]
   np.testing.assert_allclose(found, [0.4, 0.4, 0.25, 0.1], atol=1e-6)

@@ -6,28 +6,29 @@ import pytest
 
 from configs import cifar100
 from configs import digits
-from focusformer_jax import data
+from focusformer_jax import config as config_lib
 from focusformer_jax import errors
-from focusformer_jax import settings as settings_lib
+from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.data import datasets
 
 
-def data_settings(**changes) -> settings_lib.Data:
+def data_settings(**changes) -> config_lib.Data:
   config = digits.get_config('smoke')
   with config.unlocked():
     config.data.update(changes)
-  return settings_lib.parse(config).data
+  return config_lib.parse(config).data
 
 
 @pytest.fixture(scope='module')
 def dataset(tmp_path_factory):
   folder = tmp_path_factory.mktemp('tfds')
-  return data.open_dataset(data_settings(dir=str(folder)))
+  return datasets.open_dataset(data_settings(dir=str(folder)))
 
 
-def numbered(count: int) -> data.Arrays:
+def numbered(count: int) -> datasets.Arrays:
   """Synthetic: every image holds its own index."""
   numbers = np.arange(count, dtype=np.int32)
-  return data.Arrays(numbers.astype(np.uint8)[:, None, None, None], numbers)
+  return datasets.Arrays(numbers.astype(np.uint8)[:, None, None, None], numbers)
 
 
 def test_digits_are_the_real_ones(dataset):
@@ -56,7 +57,7 @@ def test_splits_are_stable_and_disjoint(dataset):
 
 
 def test_an_epoch_shows_each_image_once_and_the_next_another_order():
-  batches = data.train_batches(numbered(30), 10, seed=0)
+  batches = batches_lib.train_batches(numbered(30), 10, seed=0)
   epochs = [[next(batches)['label'] for _ in range(3)] for _ in range(2)]
   for epoch in epochs:
     assert sorted(np.concatenate(epoch)) == list(range(30))
@@ -65,7 +66,7 @@ def test_an_epoch_shows_each_image_once_and_the_next_another_order():
 
 def test_a_seed_is_an_order():
   one, same, other = (
-    next(data.train_batches(numbered(30), 10, seed))['label']
+    next(batches_lib.train_batches(numbered(30), 10, seed))['label']
     for seed in (0, 0, 1)
   )
   assert np.array_equal(one, same)
@@ -73,21 +74,21 @@ def test_a_seed_is_an_order():
 
 
 def test_batches_go_on_at_any_position():
-  batches = data.train_batches(numbered(30), 8, seed=0)
+  batches = batches_lib.train_batches(numbered(30), 8, seed=0)
   for _ in range(5):
     next(batches)
   position = batches.position
   assert position == 5
   wanted = [next(batches)['label'] for _ in range(4)]
-  resumed = data.train_batches(numbered(30), 8, seed=0)
+  resumed = batches_lib.train_batches(numbered(30), 8, seed=0)
   resumed.position = position
   assert np.array_equal([next(resumed)['label'] for _ in range(4)], wanted)
 
 
 def test_processes_share_a_batch_in_order():
-  whole = next(data.train_batches(numbered(30), 8, 0))['label']
+  whole = next(batches_lib.train_batches(numbered(30), 8, 0))['label']
   parts = [
-    next(data.train_batches(numbered(30), 8, 0, index, 4))['label']
+    next(batches_lib.train_batches(numbered(30), 8, 0, index, 4))['label']
     for index in range(4)
   ]
   assert np.array_equal(np.concatenate(parts), whole)
@@ -95,7 +96,7 @@ def test_processes_share_a_batch_in_order():
 
 @pytest.mark.parametrize('count', [1, 7, 8, 9])
 def test_evaluation_counts_each_example_once(count):
-  batches = list(data.eval_batches(numbered(count), 8))
+  batches = list(batches_lib.eval_batches(numbered(count), 8))
   assert {len(b['label']) for b in batches} == {8}
   weights = np.concatenate([b['weight'] for b in batches])
   labels = np.concatenate([b['label'] for b in batches])
@@ -111,25 +112,25 @@ def test_evaluation_counts_each_example_once(count):
 )
 def test_a_wrong_data_set_is_named(changes, message):
   with pytest.raises(errors.UserError, match=message):
-    data.open_dataset(data_settings(**changes))
+    datasets.open_dataset(data_settings(**changes))
 
 
 def test_a_data_set_that_cannot_be_had(tmp_path, monkeypatch):
-  config = settings_lib.parse(cifar100.get_config('smoke')).data
+  config = config_lib.parse(cifar100.get_config('smoke')).data
 
   def no_network(self):
     raise ConnectionError('no route to host')
 
   monkeypatch.setattr(
-    data.tfds.core.DatasetBuilder, 'download_and_prepare', no_network
+    datasets.tfds.core.DatasetBuilder, 'download_and_prepare', no_network
   )
   with pytest.raises(errors.UserError, match='tfds build cifar100') as error:
-    data.open_dataset(config)
+    datasets.open_dataset(config)
   assert 'config.data.dir' in str(error.value)
   assert '\n' not in str(error.value)
 
 
-def photographs(count: int) -> data.Encoded:
+def photographs(count: int) -> datasets.Encoded:
   """Synthetic: PNGs of noise, larger than what is wanted of them."""
   rng, examples = np.random.default_rng(0), []
   for i in range(count):
@@ -137,11 +138,11 @@ def photographs(count: int) -> data.Encoded:
     pixels = rng.integers(0, 256, (12, 10, 3), np.uint8)
     Image.fromarray(pixels).save(target, 'PNG')
     examples.append({'image': target.getvalue(), 'label': i})
-  return data.Encoded(examples, image_size=8, channels=3, crop=(0.3, 1.0))
+  return datasets.Encoded(examples, image_size=8, channels=3, crop=(0.3, 1.0))
 
 
 def test_encoded_images_are_cropped_anew_each_epoch():
-  batches = data.train_batches(photographs(4), 4, seed=0)
+  batches = batches_lib.train_batches(photographs(4), 4, seed=0)
   first, second = next(batches), next(batches)
   assert first['image'].shape == (4, 8, 8, 3)
   order = [list(b['label']) for b in (first, second)]
@@ -151,37 +152,37 @@ def test_encoded_images_are_cropped_anew_each_epoch():
 
 
 def test_crops_do_not_depend_on_the_number_of_processes():
-  whole = next(data.train_batches(photographs(8), 8, 0))['image']
+  whole = next(batches_lib.train_batches(photographs(8), 8, 0))['image']
   parts = [
-    next(data.train_batches(photographs(8), 8, 0, index, 2))['image']
+    next(batches_lib.train_batches(photographs(8), 8, 0, index, 2))['image']
     for index in range(2)
   ]
   assert np.array_equal(np.concatenate(parts), whole)
 
 
 def test_any_number_of_workers_reads_the_same_and_goes_on():
-  threads = data.train_batches(photographs(30), 8, seed=0)
+  threads = batches_lib.train_batches(photographs(30), 8, seed=0)
   wanted = [next(threads)['image'] for _ in range(6)]
-  batches = data.train_batches(photographs(30), 8, seed=0, workers=2)
+  batches = batches_lib.train_batches(photographs(30), 8, seed=0, workers=2)
   found = [next(batches)['image'] for _ in range(3)]
-  resumed = data.train_batches(photographs(30), 8, seed=0, workers=1)
+  resumed = batches_lib.train_batches(photographs(30), 8, seed=0, workers=1)
   resumed.position = batches.position
   found += [next(resumed)['image'] for _ in range(3)]
   assert np.array_equal(found, wanted)
 
 
 def test_repeats_stand_apart_and_differ():
-  batch = next(data.train_batches(photographs(8), 8, seed=0, repeats=2))
+  batch = next(batches_lib.train_batches(photographs(8), 8, seed=0, repeats=2))
   labels, images = batch['label'], batch['image']
   assert len(set(labels)) == 4
   assert np.array_equal(labels[:4], labels[4:])
   assert not np.array_equal(images[:4], images[4:])
 
 
-def test_evaluation_looks_at_the_centre():
-  batches = list(data.eval_batches(photographs(3), 2))
+def test_evaluation_looks_at_the_center():
+  batches = list(batches_lib.eval_batches(photographs(3), 2))
   assert [b['weight'].tolist() for b in batches] == [[1, 1], [1, 0]]
-  again = list(data.eval_batches(photographs(3), 2))
+  again = list(batches_lib.eval_batches(photographs(3), 2))
   assert np.array_equal(batches[0]['image'], again[0]['image'])
 
 
@@ -201,14 +202,14 @@ def test_an_image_folder_is_a_data_set(folder):
   settings = data_settings(
     name='image_folder', dir=str(folder), image_size=4, heldout=0.2
   )
-  dataset = data.open_dataset(settings)
+  dataset = datasets.open_dataset(settings)
   assert (dataset.num_classes, dataset.channels) == (2, 3)
   splits = {n: dataset.split(n) for n in ('train', 'heldout', 'test')}
   assert [len(s) for s in splits.values()] == [16, 4, 6]
   shades = {
     name: {
       (int(label), int(image[0, 0, 0]))
-      for batch in data.eval_batches(source, 2)
+      for batch in batches_lib.eval_batches(source, 2)
       for image, label in zip(batch['image'], batch['label'])
     }
     for name, source in splits.items()
@@ -225,9 +226,9 @@ def test_a_folder_that_is_none_is_named(folder):
   ):
     settings = data_settings(name='image_folder', **changes)
     with pytest.raises(errors.UserError, match=message):
-      data.open_dataset(settings)
+      datasets.open_dataset(settings)
 
 
 def test_too_large_a_batch_is_refused():
   with pytest.raises(errors.UserError, match='at most the 4 images'):
-    data.train_batches(numbered(4), 8, seed=0)
+    batches_lib.train_batches(numbered(4), 8, seed=0)

@@ -6,13 +6,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from focusformer_jax import decode
 from focusformer_jax import errors
+from focusformer_jax.data import image_decoding
 
 
 def decoded(encoded, size, channels, rng=None, area=None) -> np.ndarray:
   image = np.full((size, size, channels), 77, np.uint8)
-  decode.decode_into(image, encoded, rng, area)
+  image_decoding.decode_into(image, encoded, rng, area)
   return image
 
 
@@ -29,14 +29,16 @@ def encode(image: Image.Image, form: str) -> bytes:
   return target.getvalue()
 
 
-def test_centre_box_is_seven_eighths_of_the_shorter_side():
-  assert decode.centre_box(256, 512) == (16, 144, 224, 224)
-  assert decode.centre_box(1, 1) == (0, 0, 1, 1)
+def test_center_box_is_seven_eighths_of_the_shorter_side():
+  assert image_decoding.center_box(256, 512) == (16, 144, 224, 224)
+  assert image_decoding.center_box(1, 1) == (0, 0, 1, 1)
 
 
 def test_random_boxes_keep_area_and_aspect():
   rng = np.random.default_rng(0)
-  boxes = [decode.random_box(rng, 375, 500, (0.08, 1.0)) for _ in range(4000)]
+  boxes = [
+    image_decoding.random_box(rng, 375, 500, (0.08, 1.0)) for _ in range(4000)
+  ]
   top, left, height, width = np.array(boxes).T
   assert (top >= 0).all()
   assert (top + height <= 375).all()
@@ -54,15 +56,17 @@ def test_random_boxes_keep_area_and_aspect():
 
 
 def test_a_strip_gets_the_largest_box_in_its_middle():
-  box = decode.random_box(np.random.default_rng(0), 10, 1000, (0.9, 1.0))
+  box = image_decoding.random_box(
+    np.random.default_rng(0), 10, 1000, (0.9, 1.0)
+  )
   assert box == (0, 493, 10, 13)
 
 
 @pytest.mark.parametrize('form', ['JPEG', 'PNG'])
-def test_the_centre_is_what_pillow_sees(photograph, form):
+def test_the_center_is_what_pillow_sees(photograph, form):
   encoded = encode(photograph, form)
   found = decoded(encoded, 64, 3)
-  top, left, height, width = decode.centre_box(
+  top, left, height, width = image_decoding.center_box(
     photograph.height, photograph.width
   )
   wanted = (
@@ -99,7 +103,7 @@ def test_bytes_that_are_no_image_are_an_error(photograph):
       decoded(encoded, 8, 3)
 
 
-def test_a_seed_is_a_crop_and_grey_is_one_channel(photograph):
+def test_a_seed_is_a_crop_and_gray_is_one_channel(photograph):
   encoded = encode(photograph, 'JPEG')
 
   def crop(seed):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from focusformer_jax import distillation
+from focusformer_jax.training import distillation
 
 
 def logits(*probabilities):

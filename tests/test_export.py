@@ -24,24 +24,24 @@ import pytest
 
 from configs import default
 from configs import digits
-from focusformer_jax import augment
-from focusformer_jax import convert
-from focusformer_jax import decode
+from focusformer_jax import config as config_lib
 from focusformer_jax import errors
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import export
-from focusformer_jax import predict
-from focusformer_jax import run
-from focusformer_jax import settings as settings_lib
-from focusformer_jax import subnet
-from focusformer_jax import train
+from focusformer_jax import stages
+from focusformer_jax.data import augment
+from focusformer_jax.data import image_decoding
+from focusformer_jax.deploy import export
+from focusformer_jax.deploy import predict_template
+from focusformer_jax.models import autoformer
+from focusformer_jax.models import vit
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import train
 from tests.conftest import GEOMETRY, TINY, make_supernet
 
 
 class Job(NamedTuple):
   """A run that is done: what it was, and what it left."""
 
-  settings: settings_lib.Settings
+  settings: config_lib.Settings
   workdir: epath.Path
   initial: epath.Path
   directory: epath.Path
@@ -54,7 +54,7 @@ def run_on_one_device(settings, workdir, mode):
   with pytest.MonkeyPatch.context() as patch:
     devices = jax.devices()[:1]
     patch.setattr(jax, 'devices', lambda: devices)
-    run.run(settings, workdir, mode)
+    stages.run(settings, workdir, mode)
 
 
 @pytest.fixture(scope='session')
@@ -62,7 +62,7 @@ def job(tmp_path_factory) -> Job:
   root = epath.Path(tmp_path_factory.mktemp('export'))
   net = make_supernet(geometry=dataclasses.replace(GEOMETRY, num_classes=10))
   initial = root / 'supernet.safetensors'
-  convert.write(net, initial)
+  autoformer.write(net, initial)
 
   config = digits.get_config('smoke')
   with config.unlocked():
@@ -73,7 +73,7 @@ def job(tmp_path_factory) -> Job:
     config.train.initial = str(initial)
     config.train.supernet = False
     config.train.steps = 3
-  settings = settings_lib.parse(config)
+  settings = config_lib.parse(config)
   workdir = root / 'work'
   run_on_one_device(settings, workdir, 'run')
   run_on_one_device(settings, workdir, 'export')
@@ -85,7 +85,7 @@ def job(tmp_path_factory) -> Job:
   images = test.batch(np.arange(len(test)))['image']
   arch = TINY.from_json(results(workdir)[-1]['architecture'])
   logits = jax.jit(type(net).__call__)(
-    net, augment.normalise(experiment.recipe, images), arch
+    net, augment.normalize(experiment.recipe, images), arch
   )
   return Job(settings, workdir, initial, directory, images, np.asarray(logits))
 
@@ -101,12 +101,14 @@ def test_a_frozen_supernet_stays_and_its_sampler_learns(job):
     state = checkpoints.restore(experiment.abstract_state)
   assert int(state.step) == 3
   start = experiment.init_state()
-  wanted = convert.from_autoformer(convert.read(job.initial), start.supernet)
+  wanted = autoformer.from_autoformer(
+    autoformer.read(job.initial), start.supernet
+  )
   for net in (state.supernet, state.average, start.supernet):
     for a, b in zip(jax.tree.leaves(net), jax.tree.leaves(wanted), strict=True):
       np.testing.assert_array_equal(a, b)
-  learnt, new = state.policy.out.kernel[...], start.policy.out.kernel[...]
-  assert np.abs(learnt - new).max() > 0
+  learned, new = state.policy.out.kernel[...], start.policy.out.kernel[...]
+  assert np.abs(learned - new).max() > 0
 
 
 def test_weights_of_another_geometry_are_refused(job, tmp_path):
@@ -128,13 +130,13 @@ def test_extracts_within_a_budget_or_what_a_file_says(job, tmp_path):
   largest = json.loads(path.read_text())
   shutil.copytree(job.workdir / 'checkpoints', tmp_path / 'checkpoints')
   for extract, wanted in (
-    (settings_lib.Extract(row['budget'] + 0.5, ''), row['architecture']),
+    (config_lib.Extract(row['budget'] + 0.5, ''), row['architecture']),
     # A file goes first.
-    (settings_lib.Extract(row['budget'], str(path)), largest),
+    (config_lib.Extract(row['budget'], str(path)), largest),
   ):
     settings = dataclasses.replace(job.settings, extract=extract)
     run_on_one_device(settings, epath.Path(tmp_path), 'extract')
-    network, _ = subnet.load(epath.Path(tmp_path) / 'subnet')
+    network, _ = vit.load(epath.Path(tmp_path) / 'subnet')
     found = json.loads((tmp_path / 'subnet/architecture.json').read_text())
     assert found == found | wanted
     assert network.blocks[0].mlp.up.shape[0] == wanted['embed_dim']
@@ -158,7 +160,7 @@ def test_the_directory_says_what_it_is(job):
   ] == [str(digit) for digit in range(10)]
 
 
-def test_the_artefact_takes_any_number_of_images_on_any_platform(job):
+def test_the_artifact_takes_any_number_of_images_on_any_platform(job):
   exported = jax_export.deserialize(
     (job.directory / 'model.jax_export').read_bytes()
   )
@@ -212,7 +214,7 @@ def test_predicts_in_an_environment_of_jax_and_pillow(job, tmp_path):
       '-c',
       'import sys, numpy, predict\n'
       'predict.main(sys.argv[1:])\n'
-      'numpy.save("logits.npy", predict.logits(sys.argv[1:]))',
+      'numpy.save("logits.npy", predict_template.logits(sys.argv[1:]))',
       *map(str, sorted(tmp_path.glob('*.png'))),
     ],
     cwd=there,
@@ -255,24 +257,24 @@ def test_predict_reads_images_as_training_does(
   how = {
     'image_size': 32,
     'channels': channels,
-    'centre_crop': decode.CENTRE_SHARE,
+    'center_crop': image_decoding.CENTER_SHARE,
   }
-  found = predict.read(path, how).astype(int)
+  found = predict_template.read(path, how).astype(int)
   wanted = np.zeros((32, 32, channels), np.uint8)
-  decode.decode_into(wanted, path.read_bytes())
+  image_decoding.decode_into(wanted, path.read_bytes())
   # OpenCV counts in fixed point.
   assert np.abs(found - wanted).max() <= 1
 
 
 def test_a_file_that_gives_other_logits_is_refused(job, monkeypatch, tmp_path):
-  save = subnet.save
+  save = vit.save
 
   def broken(network, *rest):
     save(jax.tree.map(lambda leaf: leaf * 1.01, network), *rest)
 
-  monkeypatch.setattr(subnet, 'save', broken)
+  monkeypatch.setattr(vit, 'save', broken)
   arch = TINY.from_json(results(job.workdir)[-1]['architecture'])
-  network, _ = subnet.load(job.directory)
+  network, _ = vit.load(job.directory)
   experiment = experiment_lib.create(job.settings, jax.devices()[:1])
   with pytest.raises(errors.UserError) as error:
     export.export(experiment, network, arch, 3, epath.Path(tmp_path))

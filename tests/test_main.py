@@ -10,13 +10,13 @@ from configs import cifar100
 from configs import digits
 from configs import fashion_mnist
 from configs import imagenet2012
+from focusformer_jax import config as config_lib
 from focusformer_jax import errors
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import settings as settings_lib
+from focusformer_jax.training import experiment as experiment_lib
 from tests.conftest import ROOT
 
 
-def parse(**changes) -> settings_lib.Settings:
+def parse(**changes) -> config_lib.Settings:
   config = digits.get_config('smoke')
   with config.unlocked(), config.ignore_type():
     for key, value in changes.items():
@@ -25,7 +25,7 @@ def parse(**changes) -> settings_lib.Settings:
       for section in sections:
         node = node[section]
       node[name] = value
-  return settings_lib.parse(config)
+  return config_lib.parse(config)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_wrong_value_is_named(key, value, message):
 )
 def test_every_config_is_valid_and_names_its_variants(module, variants):
   for variant in variants:
-    settings_lib.parse(module.get_config(variant))
+    config_lib.parse(module.get_config(variant))
   with pytest.raises(ValueError, match=r'wanted .* found nothing_such'):
     module.get_config('nothing_such')
 
@@ -143,12 +143,11 @@ def test_the_command_says_where_it_was_stopped(tmp_path):
 import sys
 from absl import app
 import main
-from focusformer_jax import run, train
 
 def preempted(*args):
-  raise train.Preempted('stopped by SIGTERM at step 3; saved')
+  raise loop.Preempted('stopped by SIGTERM at step 3; saved')
 
-run.run = preempted
+stages.run = preempted
 app.run(main.main, flags_parser=main._parse_flags)
 """
   flags = ['--config=configs/digits.py:smoke', f'--workdir={tmp_path}']

@@ -10,10 +10,10 @@ import optax
 import pytest
 
 from configs import digits
-from focusformer_jax import optim
-from focusformer_jax import settings as settings_lib
+from focusformer_jax import config as config_lib
+from focusformer_jax.training import optim
 
-OPTIMIZER = settings_lib.parse(digits.get_config()).optimizer
+OPTIMIZER = config_lib.parse(digits.get_config()).optimizer
 
 
 def make(steps=100, batch_size=128, **changes):

@@ -7,10 +7,10 @@ import optax
 import pytest
 
 from benchmarks import parity
-from focusformer_jax import convert
-from focusformer_jax import layers
-from focusformer_jax import optim
-from focusformer_jax import supernet as supernet_lib
+from focusformer_jax.models import autoformer
+from focusformer_jax.models import layers
+from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.training import optim
 from tests.conftest import DATA
 
 
@@ -43,7 +43,7 @@ def test_gradients(execution):
       if name.startswith(f'grad{i}/')
     }
     # A gradient is laid out like its parameter.
-    wanted = convert.from_autoformer(theirs, net)
+    wanted = autoformer.from_autoformer(theirs, net)
     pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True)
     for ours, reference in pairs:
       np.testing.assert_allclose(ours, reference, atol=1e-5)

@@ -8,27 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from focusformer_jax import cost
-from focusformer_jax import policy
-from focusformer_jax import space as space_lib
+from focusformer_jax.sampler import conditional
+from focusformer_jax.sampler import cost_bins
+from focusformer_jax.sampler import policy as policy_lib
+from focusformer_jax.spaces import cost
+from focusformer_jax.spaces import search_space
 from tests.conftest import GEOMETRY, TINY
 
 
-def every_architecture(space) -> space_lib.Architecture:
+def every_architecture(space) -> search_space.Architecture:
   archs = []
   for d, e in itertools.product(range(len(space.depth)), range(2)):
     live, dead = space.depth[d], space.num_layers - space.depth[d]
     for heads in itertools.product(range(2), repeat=live):
       for ratio in itertools.product(range(2), repeat=live):
         archs.append(
-          space_lib.Architecture(
+          search_space.Architecture(
             np.int32(d),
             np.int32(e),
             np.int32(heads + (0,) * dead),
             np.int32(ratio + (0,) * dead),
           )
         )
-  return space_lib.stack(archs)
+  return search_space.stack(archs)
 
 
 ALL = every_architecture(TINY)
@@ -38,9 +40,9 @@ WITHIN = sorted(set(COSTS.tolist()))[::5]
 
 
 @pytest.fixture(scope='module')
-def weights() -> policy.LogWeights:
+def weights() -> conditional.LogWeights:
   """Some policy, far from uniform."""
-  leaves, treedef = jax.tree.flatten(policy.architecture_weights(TINY))
+  leaves, treedef = jax.tree.flatten(conditional.architecture_weights(TINY))
   keys = jax.random.split(jax.random.key(3), len(leaves))
   return jax.tree.unflatten(
     treedef,
@@ -54,7 +56,9 @@ def weights() -> policy.LogWeights:
 @pytest.fixture(scope='module')
 def log_prob(budgets):
   return jax.jit(
-    lambda weights, budget: policy.log_prob(weights, TINY, budgets, budget, ALL)
+    lambda weights, budget: conditional.log_prob(
+      weights, TINY, budgets, budget, ALL
+    )
   )
 
 
@@ -74,7 +78,9 @@ def test_probabilities_within_a_budget_sum_to_one(budget, weights, log_prob):
 def test_decode_is_the_most_probable_of_its_kind(
   budget, weights, log_prob, budgets
 ):
-  decoded = jax.jit(lambda w, b: policy.decode(w, budgets, b))(weights, budget)
+  decoded = jax.jit(lambda w, b: conditional.decode(w, budgets, b))(
+    weights, budget
+  )
   probs = np.where(COSTS <= budget, np.exp(log_prob(weights, budget)), 0)
   kinds = 2 * np.asarray(ALL.depth) + np.asarray(ALL.embed_dim)
   kind = np.bincount(kinds, probs).argmax()
@@ -85,22 +91,24 @@ def test_decode_is_the_most_probable_of_its_kind(
 
 def test_decode_does_not_take_few_decisions_for_certainty(budgets):
   # Two layers in 7 of 10 draws, but in 16 ways each, and one layer in 4.
-  unsure = policy.choice_weights(TINY)
+  unsure = conditional.choice_weights(TINY)
   weights = unsure._replace(depth=jnp.log(jnp.array([0.3, 0.7])))
-  assert policy.decode(weights, budgets, budgets.range[1]).depth == 1
+  assert conditional.decode(weights, budgets, budgets.range[1]).depth == 1
 
 
 @pytest.mark.parametrize('budget', WITHIN[1:])
 def test_entropy_is_exact(budget, weights, log_prob, budgets):
   log_p = np.asarray(log_prob(weights, budget))[COSTS <= budget]
-  found = jax.jit(lambda w, b: policy.entropy(w, budgets, b))(weights, budget)
+  found = jax.jit(lambda w, b: conditional.entropy(w, budgets, b))(
+    weights, budget
+  )
   assert found == pytest.approx(-(np.exp(log_p) * log_p).sum(), abs=1e-4)
 
 
 def test_probabilities_of_choices_are_exact(weights, log_prob, budgets):
   budget = WITHIN[-2]
   probs = np.where(COSTS <= budget, np.exp(log_prob(weights, budget)), 0)
-  found, _ = jax.jit(lambda w, b: policy.decisions(w, budgets, b))(
+  found, _ = jax.jit(lambda w, b: conditional.decisions(w, budgets, b))(
     weights, budget
   )
   for choice in range(2):
@@ -118,8 +126,8 @@ def test_probabilities_of_choices_are_exact(weights, log_prob, budgets):
 
 def test_weights_of_one_count_architectures(budgets):
   count = jax.jit(
-    lambda b: policy.log_partition(
-      policy.architecture_weights(TINY), budgets, b
+    lambda b: conditional.log_partition(
+      conditional.architecture_weights(TINY), budgets, b
     )
   )
   for budget in WITHIN:
@@ -130,7 +138,7 @@ def test_weights_of_one_count_architectures(budgets):
 
 def draw(weights, budgets, budget, count):
   return jax.jit(
-    lambda key: policy.sample(key, weights, budgets, budget, count)
+    lambda key: conditional.sample(key, weights, budgets, budget, count)
   )(jax.random.key(0))
 
 
@@ -143,10 +151,10 @@ def chi_square_quantile(degrees: int) -> float:
 @pytest.mark.parametrize('uniform', [False, True])
 def test_draws_follow_the_distribution(uniform, weights, log_prob, budgets):
   if uniform:
-    weights = policy.architecture_weights(TINY)
+    weights = conditional.architecture_weights(TINY)
   budget, count = WITHIN[-2], 20_000
   drawn = draw(weights, budgets, budget, count)
-  names = [str(TINY.to_json(arch)) for arch in space_lib.unstack(ALL)]
+  names = [str(TINY.to_json(arch)) for arch in search_space.unstack(ALL)]
   numbers = {name: i for i, name in enumerate(names)}
   archs, times = np.unique(
     np.concatenate([np.reshape(leaf, (count, -1)) for leaf in drawn], axis=1),
@@ -155,7 +163,7 @@ def test_draws_follow_the_distribution(uniform, weights, log_prob, budgets):
   )
   observed = np.zeros(len(names))
   for (d, e, *rest), n in zip(archs.tolist(), times, strict=True):
-    arch = space_lib.Architecture(d, e, rest[:2], rest[2:])
+    arch = search_space.Architecture(d, e, rest[:2], rest[2:])
     observed[numbers[str(TINY.to_json(arch))]] += n
   within = COSTS <= budget
   assert observed[~within].sum() == 0
@@ -168,13 +176,13 @@ def test_draws_follow_the_distribution(uniform, weights, log_prob, budgets):
 @pytest.mark.parametrize('name', ['tiny', 'base', 'pixels8', 'pixels28'])
 @pytest.mark.parametrize('position', [0.0, 0.05, 0.5, 0.95])
 def test_no_draw_exceeds_its_budget(name, position):
-  space = space_lib.NAMED[name]
+  space = search_space.NAMED[name]
   size = {'pixels8': 8, 'pixels28': 28}.get(name, 224)
-  geometry = space_lib.Geometry(size, 16 if size == 224 else 4, 3, 10)
-  budgets = policy.Budgets(cost.macs(space, geometry), max_bins=100)
-  budget = budgets.denormalise(jnp.float32(position))
+  geometry = search_space.Geometry(size, 16 if size == 224 else 4, 3, 10)
+  budgets = cost_bins.CostBins(cost.macs(space, geometry), max_bins=100)
+  budget = budgets.denormalize(jnp.float32(position))
   assert budgets.range[0] <= budget <= budgets.range[1]
-  drawn = draw(policy.choice_weights(space), budgets, budget, 256)
+  drawn = draw(conditional.choice_weights(space), budgets, budget, 256)
   costs = jax.vmap(budgets.table.units)(drawn)
   assert costs.max() <= budget
   # Rounding to bins does not keep draws far below what they may cost.
@@ -184,7 +192,7 @@ def test_no_draw_exceeds_its_budget(name, position):
 
 def test_gradient_of_log_prob_agrees_with_finite_differences(budgets):
   budget = WITHIN[3]
-  net = policy.Policy(TINY, (8,), 2, rngs=nnx.Rngs(0))
+  net = policy_lib.Policy(TINY, (8,), 2, rngs=nnx.Rngs(0))
   net.out.kernel.set_value(
     0.3 * jax.random.normal(jax.random.key(1), net.out.kernel.shape)
   )
@@ -192,8 +200,8 @@ def test_gradient_of_log_prob_agrees_with_finite_differences(budgets):
 
   @jax.jit
   def log_p(net):
-    weights = net(budgets.normalise(budget))
-    return policy.log_prob(weights, TINY, budgets, budget, arch)[0]
+    weights = net(budgets.normalize(budget))
+    return conditional.log_prob(weights, TINY, budgets, budget, arch)[0]
 
   grads = jax.jit(jax.grad(log_p))(net)
   leaves, treedef = jax.tree.flatten(net)
@@ -211,8 +219,8 @@ def test_gradient_of_log_prob_agrees_with_finite_differences(budgets):
 
 
 def test_new_policy_is_uniform_over_choices(budgets):
-  net = policy.Policy(TINY, (8,), 2, rngs=nnx.Rngs(0))
-  wanted = policy.choice_weights(TINY)
+  net = policy_lib.Policy(TINY, (8,), 2, rngs=nnx.Rngs(0))
+  wanted = conditional.choice_weights(TINY)
   for one, other in zip(net(jnp.float32(0.4)), wanted, strict=True):
     np.testing.assert_allclose(one, other, atol=1e-6)
 
@@ -220,10 +228,10 @@ def test_new_policy_is_uniform_over_choices(budgets):
 def test_budget_positions_round_trip(budgets):
   low, high = budgets.range
   for budget in (low, (low + high) // 2, high):
-    position = budgets.normalise(jnp.int32(budget))
-    assert budgets.denormalise(position) == pytest.approx(budget, rel=1e-4)
+    position = budgets.normalize(jnp.int32(budget))
+    assert budgets.denormalize(position) == pytest.approx(budget, rel=1e-4)
 
 
 def test_all_of_the_probability_is_near_a_budget_that_allows_one(budgets):
-  weights = policy.choice_weights(TINY)
-  assert policy.mass_near(weights, budgets, COSTS.min()) == 1
+  weights = conditional.choice_weights(TINY)
+  assert conditional.mass_near(weights, budgets, COSTS.min()) == 1

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from benchmarks import multiprocess
-from focusformer_jax import train
+from focusformer_jax.training import train
 from tests.conftest import ROOT
 
 

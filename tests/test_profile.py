@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 
 from configs import digits
-from focusformer_jax import cost
+from focusformer_jax import config as config_lib
 from focusformer_jax import errors
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import latency
 from focusformer_jax import report
-from focusformer_jax import run
-from focusformer_jax import settings as settings_lib
-from focusformer_jax import space as space_lib
-from focusformer_jax import train
+from focusformer_jax import stages
+from focusformer_jax.deploy import latency
+from focusformer_jax.spaces import cost
+from focusformer_jax.spaces import latency_table
+from focusformer_jax.spaces import search_space
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import train
 from tests.conftest import TINY
 
-SPACE = space_lib.SearchSpace(
+SPACE = search_space.SearchSpace(
   embed_dim=(16, 32),
   depth=(1, 2),
   num_heads=(1, 2),
@@ -50,7 +51,7 @@ def write(path, **changes):
   return path
 
 
-def parse(**changes) -> settings_lib.Settings:
+def parse(**changes) -> config_lib.Settings:
   config = digits.get_config('smoke')
   with config.unlocked():
     for key, value in changes.items():
@@ -60,7 +61,7 @@ def parse(**changes) -> settings_lib.Settings:
     for name, value in FACTS['space'].items():
       if isinstance(value, list):
         config.space[name] = tuple(value)
-  return settings_lib.parse(config)
+  return config_lib.parse(config)
 
 
 def test_additive_times_are_fitted_exactly():
@@ -90,7 +91,7 @@ def test_a_slow_network_does_not_make_entries_negative():
 
 
 def test_a_table_is_a_cost_in_microseconds(tmp_path):
-  table = cost.latency(write(tmp_path / 'table.json'), FACTS)
+  table = latency_table.read(write(tmp_path / 'table.json'), FACTS)
   assert (table.minimum, table.maximum) == (100 + 15, 150 + 2 * 50)
   arch = SPACE.from_json(
     {
@@ -119,17 +120,17 @@ def test_a_table_is_a_cost_in_microseconds(tmp_path):
 def test_a_table_of_something_else_is_refused(changes, message, tmp_path):
   path = write(tmp_path / 'table.json', **changes)
   with pytest.raises(errors.UserError) as error:
-    cost.latency(path, FACTS)
+    latency_table.read(path, FACTS)
   wish = 'config.sampler.latency: wanted a table that --mode=profile measured'
   assert str(error.value).startswith(wish + message)
 
 
 def test_a_table_that_is_not_there_is_named(tmp_path):
   with pytest.raises(errors.UserError, match=r'found no .*table\.json'):
-    cost.latency(tmp_path / 'table.json', FACTS)
+    latency_table.read(tmp_path / 'table.json', FACTS)
   (tmp_path / 'table.json').write_text('{')
   with pytest.raises(errors.UserError, match=r'found .* in .*table\.json'):
-    cost.latency(tmp_path / 'table.json', FACTS)
+    latency_table.read(tmp_path / 'table.json', FACTS)
 
 
 def test_latency_as_cost_wants_a_table():
@@ -166,13 +167,13 @@ def test_profile_measures_a_table_that_budgets_can_be_searched_by(
     'profile__networks': 3,
   }
   experiment = experiment_lib.create(parse(**changes))
-  least = experiment.budgets.table.minimum
+  least = experiment.cost_bins.table.minimum
   workdir = tmp_path / 'run'
   with train.open_checkpoints(experiment, workdir) as checkpoints:
     checkpoints.save(0, experiment.init_state(), {})
 
   changes['search__budgets'] = (least - 1, 2 * least)
-  run.run(parse(**changes), workdir, 'profile')
+  stages.run(parse(**changes), workdir, 'profile')
   printed = capsys.readouterr().out
   met = [line.split()[1] for line in printed.splitlines() if '%' in line][:2]
   assert met == ['no', 'yes']
@@ -190,7 +191,7 @@ def test_profile_measures_a_table_that_budgets_can_be_searched_by(
   del changes['search__budgets']
   changes |= {'sampler__cost': 'latency', 'sampler__latency': str(carried)}
   experiment = experiment_lib.create(parse(**changes))
-  table = experiment.budgets.table
+  table = experiment.cost_bins.table
   assert (table.name, table.label) == ('latency', 'microseconds')
   assert table.of(experiment.space.largest()) == table.maximum
   with pytest.raises(errors.UserError, match=r'budgets: .* microseconds'):

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from configs import digits
-from focusformer_jax import convert
-from focusformer_jax import cost
+from focusformer_jax import config as config_lib
 from focusformer_jax import errors
-from focusformer_jax import policy
-from focusformer_jax import settings as settings_lib
-from focusformer_jax import space as space_lib
+from focusformer_jax.models import autoformer
+from focusformer_jax.sampler import conditional
+from focusformer_jax.sampler import cost_bins
+from focusformer_jax.spaces import cost
+from focusformer_jax.spaces import search_space
 from tests.conftest import TINY, make_supernet
 
 # The same examples in every run; a space of another size compiles anew.
@@ -40,7 +41,7 @@ def choices(values, most=3):
 
 @st.composite
 def spaces(draw, layers=3):
-  return space_lib.SearchSpace(
+  return search_space.SearchSpace(
     embed_dim=draw(choices(st.integers(1, 40))),
     depth=draw(choices(st.integers(1, layers), most=2)),
     num_heads=draw(choices(st.integers(1, 6), most=2)),
@@ -52,7 +53,7 @@ def spaces(draw, layers=3):
 @st.composite
 def geometries(draw):
   patch = draw(st.integers(1, 4))
-  return space_lib.Geometry(
+  return search_space.Geometry(
     image_size=patch * draw(st.integers(1, 4)),
     patch_size=patch,
     channels=draw(st.sampled_from([1, 3])),
@@ -125,11 +126,11 @@ def test_more_of_anything_never_costs_less(space, geometry, data):
 @given(spaces(layers=2), geometries(), st.integers(4, 64), st.data())
 def test_policies_keep_to_their_budget(space, geometry, bins, data):
   table = cost.macs(space, geometry)
-  budgets = policy.Budgets(table, bins)
-  archs = space_lib.stack([space.from_json(v) for v in all_values(space)])
+  budgets = cost_bins.CostBins(table, bins)
+  archs = search_space.stack([space.from_json(v) for v in all_values(space)])
   units = np.asarray(table.units(archs))
   budget = data.draw(st.integers(*budgets.range))
-  leaves, treedef = jax.tree.flatten(policy.architecture_weights(space))
+  leaves, treedef = jax.tree.flatten(conditional.architecture_weights(space))
   rng = np.random.default_rng(data.draw(st.integers(0, 99)))
   weights = jax.tree.unflatten(
     treedef, [jnp.float32(rng.normal(size=leaf.shape)) for leaf in leaves]
@@ -138,10 +139,10 @@ def test_policies_keep_to_their_budget(space, geometry, bins, data):
   @jax.jit
   def look(budget):
     return (
-      policy.decode(weights, budgets, budget),
-      policy.sample(jax.random.key(0), weights, budgets, budget, 16),
-      policy.log_prob(weights, space, budgets, budget, archs),
-      policy.entropy(weights, budgets, budget),
+      conditional.decode(weights, budgets, budget),
+      conditional.sample(jax.random.key(0), weights, budgets, budget, 16),
+      conditional.log_prob(weights, space, budgets, budget, archs),
+      conditional.entropy(weights, budgets, budget),
     )
 
   decoded, drawn, log_prob, entropy = look(jnp.int32(budget))
@@ -185,7 +186,7 @@ json_values = st.recursive(
 @given(
   json_values
   | st.fixed_dictionaries(
-    dict.fromkeys(space_lib.Architecture._fields, json_values)
+    dict.fromkeys(search_space.Architecture._fields, json_values)
   )
 )
 def test_any_json_is_an_architecture_or_refused(values):
@@ -213,7 +214,7 @@ def test_any_override_is_taken_or_refused(key, value):
   with config.unlocked(), config.ignore_type():
     config[section][name] = value
   try:
-    settings_lib.parse(config)
+    config_lib.parse(config)
   except errors.UserError as error:
     line = str(error)
   else:
@@ -249,4 +250,4 @@ def supernet():
 )
 def test_any_state_dict_is_taken_or_refused(supernet, state_dict):
   with pytest.raises(ValueError):
-    convert.from_autoformer(state_dict, supernet)
+    autoformer.from_autoformer(state_dict, supernet)

@@ -9,8 +9,8 @@ from etils import epath
 import pytest
 
 from focusformer_jax import report
-from focusformer_jax import search
-from focusformer_jax import train
+from focusformer_jax.search import search
+from focusformer_jax.training import train
 
 
 def write_metrics(directory, by_step):

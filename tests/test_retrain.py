@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from configs import digits
+from focusformer_jax import config as config_lib
 from focusformer_jax import errors
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import layers
-from focusformer_jax import retrain
-from focusformer_jax import run
-from focusformer_jax import settings as settings_lib
 from focusformer_jax import sharding
-from focusformer_jax import space as space_lib
-from focusformer_jax import subnet
+from focusformer_jax import stages
+from focusformer_jax.deploy import retrain
+from focusformer_jax.models import layers
+from focusformer_jax.models import vit
+from focusformer_jax.spaces import search_space
+from focusformer_jax.training import experiment as experiment_lib
 
 ARCHITECTURE = {
   'depth': 2,
@@ -26,22 +26,22 @@ ARCHITECTURE = {
   'num_heads': [1, 2],
   'mlp_ratio': [1.5, 1.0],
 }
-GEOMETRY = space_lib.Geometry(8, 2, 1, 10, max_relative_position=14)
+GEOMETRY = search_space.Geometry(8, 2, 1, 10, max_relative_position=14)
 
 
-def new_network(seed=0, **changes) -> subnet.VisionTransformer:
+def new_network(seed=0, **changes) -> vit.VisionTransformer:
   geometry = dataclasses.replace(GEOMETRY, **changes)
 
   @jax.jit
   def create(key):
-    return subnet.create(
+    return vit.create(
       ARCHITECTURE, geometry, head_dim=8, init_std=0.2, rngs=nnx.Rngs(key)
     )
 
   return create(jax.random.key(seed))
 
 
-logits = jax.jit(subnet.VisionTransformer.__call__)
+logits = jax.jit(vit.VisionTransformer.__call__)
 
 
 @pytest.fixture(scope='module')
@@ -60,14 +60,14 @@ def on_one_device(monkeypatch):
   monkeypatch.setattr(jax, 'devices', lambda: devices)
 
 
-def parse(tfds_dir, **changes) -> settings_lib.Settings:
+def parse(tfds_dir, **changes) -> config_lib.Settings:
   config = digits.get_config('smoke')
   with config.unlocked():
     config.data.dir = tfds_dir
     config.data.batch_size = 32
     config.supernet.drop_path = 0.1
     config.retrain.update(changes)
-  return settings_lib.parse(config)
+  return config_lib.parse(config)
 
 
 def assert_equal(one, other):
@@ -93,7 +93,7 @@ def test_positions_are_interpolated_and_the_class_token_kept():
   found = np.asarray(retrain.resize_positions(position, 8, 16))[:, 0]
   assert found[0] == 99
   rows = found[1:].reshape(16, 16)
-  # Twice as fine, centres half a patch off: 0.25 before and behind each one.
+  # Twice as fine, centers half a patch off: 0.25 before and behind each one.
   inside = np.arange(16)[4:-4] / 2 - 0.25
   np.testing.assert_allclose(rows[4:-4, 5], inside, atol=1e-5)
   np.testing.assert_allclose(rows[:, 3], rows[:, 12], atol=1e-5)
@@ -149,9 +149,9 @@ def test_retraining_resumes_bit_for_bit(
 ):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   for workdir in (whole, killed):
-    subnet.save(network, ARCHITECTURE, workdir / 'subnet')
+    vit.save(network, ARCHITECTURE, workdir / 'subnet')
   settings = parse(tfds_dir)
-  run.run(settings, whole, 'retrain')
+  stages.run(settings, whole, 'retrain')
   assert 'before' in capsys.readouterr().out
 
   put_batch, batches = sharding.put_batch, []
@@ -164,15 +164,15 @@ def test_retraining_resumes_bit_for_bit(
 
   monkeypatch.setattr(sharding, 'put_batch', killed_at_step_four)
   with pytest.raises(KeyboardInterrupt):
-    run.run(settings, killed, 'retrain')
+    stages.run(settings, killed, 'retrain')
   monkeypatch.setattr(sharding, 'put_batch', put_batch)
-  run.run(settings, killed, 'retrain')
+  stages.run(settings, killed, 'retrain')
 
   assert results(killed) == results(whole)
   weights = [w / 'retrain/network/model.safetensors' for w in (whole, killed)]
   assert weights[0].read_bytes() == weights[1].read_bytes()
   experiment = experiment_lib.create(settings)
-  after, _ = subnet.load(whole / 'retrain/network')
+  after, _ = vit.load(whole / 'retrain/network')
   assert results(whole)['test_accuracy_before'] == pytest.approx(
     accuracy(network, experiment)
   )
@@ -181,17 +181,17 @@ def test_retraining_resumes_bit_for_bit(
   )
 
   # Another network is another run.
-  subnet.save(new_network(seed=1), ARCHITECTURE, killed / 'subnet')
+  vit.save(new_network(seed=1), ARCHITECTURE, killed / 'subnet')
   with pytest.raises(errors.UserError, match=r'config\.retrain\.network'):
-    run.run(settings, killed, 'retrain')
+    stages.run(settings, killed, 'retrain')
 
 
 def test_a_network_of_other_images_and_classes(tfds_dir, tmp_path):
   other = new_network(image_size=12, num_classes=3)
-  subnet.save(other, ARCHITECTURE, tmp_path / 'other')
+  vit.save(other, ARCHITECTURE, tmp_path / 'other')
   settings = parse(tfds_dir, network=str(tmp_path / 'other'))
-  run.run(settings, tmp_path, 'retrain')
-  found, description = subnet.load(tmp_path / 'retrain/network')
+  stages.run(settings, tmp_path, 'retrain')
+  found, description = vit.load(tmp_path / 'retrain/network')
   assert found.geometry == GEOMETRY
   assert {name: description[name] for name in ARCHITECTURE} == ARCHITECTURE
 
@@ -215,13 +215,13 @@ def test_a_network_of_other_images_and_classes(tfds_dir, tmp_path):
 def test_images_that_a_network_cannot_read(
   changes, message, tfds_dir, tmp_path
 ):
-  subnet.save(new_network(**changes), ARCHITECTURE, tmp_path / 'subnet')
+  vit.save(new_network(**changes), ARCHITECTURE, tmp_path / 'subnet')
   with pytest.raises(errors.UserError) as error:
-    run.run(parse(tfds_dir), tmp_path, 'retrain')
+    stages.run(parse(tfds_dir), tmp_path, 'retrain')
   assert str(error.value).startswith(message)
   assert not (tmp_path / 'retrain').exists()
 
 
 def test_no_network_is_said(tfds_dir, tmp_path):
   with pytest.raises(errors.UserError, match='--mode=extract'):
-    run.run(parse(tfds_dir), tmp_path, 'retrain')
+    stages.run(parse(tfds_dir), tmp_path, 'retrain')

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from configs import digits
-from focusformer_jax import rewards
-from focusformer_jax import settings as settings_lib
+from focusformer_jax import config as config_lib
+from focusformer_jax.sampler import rewards
 
 SCORED = rewards.Scored(
   loss_KM=jnp.array([[0.9, 0.5, 0.7], [0.4, 0.5, 0.3]]),
@@ -20,7 +20,7 @@ SCORED = rewards.Scored(
 
 @pytest.fixture(scope='module')
 def settings():
-  return settings_lib.parse(digits.get_config()).sampler
+  return config_lib.parse(digits.get_config()).sampler
 
 
 def test_loss_and_accuracy():

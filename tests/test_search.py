@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from focusformer_jax import errors
-from focusformer_jax import evaluate
-from focusformer_jax import scores
-from focusformer_jax import search
+from focusformer_jax.search import evolution
+from focusformer_jax.search import methods
+from focusformer_jax.search import nsga2 as nsga2_lib
+from focusformer_jax.search import score_cache
+from focusformer_jax.search import search
+from focusformer_jax.training import evaluate
 
 METHODS = ('sampler', 'evolution', 'nsga2', 'random')
 
 
-class Known(scores.Scorer):
+class Known(score_cache.Scorer):
   """Scores by a rule: all that can be spent is well spent, width less so."""
 
   def _score(self, split, archs):
@@ -70,28 +73,30 @@ def loss_of(known, answer):
 def test_evolution_breeds_within_the_budget(experiment, known, budgets):
   few = options(experiment, population=10, generations=6, parents=4)
   many, budget = options(experiment, random=60), budgets[2]
-  answer = search.evolve(known, budget, 0, few)
+  answer = evolution.evolve(known, budget, 0, few)
   assert max(costs(experiment, known.log)) <= budget
   assert answer.evaluations == known.counts.new == len(known.log) == 60
   assert loss_of(known, answer) == best_of(known, budget)
   # Better than as many random ones, and the same from the same seed.
-  rival = search.draw_evenly(known, budget, 0, many)
+  rival = methods.draw_evenly(known, budget, 0, many)
   assert loss_of(known, answer) < loss_of(known, rival)
-  again = search.evolve(known, budget, 0, few)
+  again = evolution.evolve(known, budget, 0, few)
   assert known.name(again.arch) == known.name(answer.arch)
 
 
 def test_evolution_ends_when_nothing_else_fits(experiment, known):
   smallest = experiment.space.smallest()
   budget = experiment.tables['macs'].minimum
-  answer = search.evolve(known, budget, 0, options(experiment, population=10))
+  answer = evolution.evolve(
+    known, budget, 0, options(experiment, population=10)
+  )
   assert known.name(answer.arch) == known.name(smallest)
   assert answer.evaluations == 1
 
 
 def test_one_front_answers_every_budget(experiment, known, budgets):
   few = options(experiment, population=12, generations=5)
-  answers = search.nsga2(known, budgets, 0, few)
+  answers = nsga2_lib.nsga2(known, budgets, 0, few)
   assert max(costs(experiment, known.log)) <= max(budgets)
   for budget, answer in zip(budgets, answers, strict=True):
     assert costs(experiment, [answer.arch])[0] <= budget
@@ -109,11 +114,11 @@ def test_the_samplers_draws_are_scored_beside_what_it_decodes(
   experiment, evaluator, state, known, budgets
 ):
   proposal = evaluator.propose(state.policy, budgets)[1]
-  alone = search.ask_sampler(
+  alone = methods.ask_sampler(
     known, proposal, budgets[1], 0, options(experiment)
   )
   assert alone.evaluations == known.counts.evaluations == 0
-  answer = search.ask_sampler(
+  answer = methods.ask_sampler(
     known, proposal, budgets[1], 0, options(experiment, draws=5)
   )
   assert answer.evaluations == len(known.log) == 6
@@ -199,7 +204,7 @@ def test_a_table_of_other_weights_is_not_used(
 
   def score(state):
     scored['pairs'].clear()
-    scorer = scores.Scorer(experiment, evaluator, state, path)
+    scorer = score_cache.Scorer(experiment, evaluator, state, path)
     found = scorer.heldout([*corners, corners[0]])
     assert scorer.counts[:2] == (4, 3)
     return found, len(scored['pairs'])
@@ -219,11 +224,11 @@ def test_a_table_of_other_weights_is_not_used(
     score(state)
 
 
-def test_probabilities_of_what_was_learnt_add_up(experiment, evaluator, state):
-  learnt = search.learnt(experiment, evaluator, state)
+def test_probabilities_of_what_was_learned_add_up(experiment, evaluator, state):
+  learned = search.learned(experiment, evaluator, state)
   depths = np.array(experiment.space.depth)
-  assert len(learnt['budgets']) == len(experiment.search_budgets)
-  for row in learnt['budgets']:
+  assert len(learned['budgets']) == len(experiment.search_budgets)
+  for row in learned['budgets']:
     depth = np.array(row['probability']['depth'])
     assert depth.sum() == pytest.approx(1, abs=1e-4)
     alive = [depth[depths > layer].sum() for layer in range(depths[-1])]

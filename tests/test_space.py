@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from focusformer_jax import space as space_lib
+from focusformer_jax.spaces import search_space
 from tests.conftest import TINY
 
 
@@ -12,10 +12,10 @@ def same(a, b) -> bool:
   return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize('space', space_lib.NAMED.values())
+@pytest.mark.parametrize('space', search_space.NAMED.values())
 def test_json_round_trip(space):
   draws = jax.vmap(space.uniform)(jax.random.split(jax.random.key(0), 20))
-  for arch in [*space_lib.unstack(draws), *space.corners()]:
+  for arch in [*search_space.unstack(draws), *space.corners()]:
     text = json.dumps(space.to_json(arch))
     assert same(space.from_json(json.loads(text)), arch)
 
@@ -33,7 +33,9 @@ def test_corners_are_distinct_and_hold_the_extremes():
 
 
 def test_uniform_draws_each_choice_equally_often():
-  space = space_lib.SearchSpace((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4), (1,))
+  space = search_space.SearchSpace(
+    (1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 4), (1,)
+  )
   count = 4000
   archs = jax.vmap(space.uniform)(jax.random.split(jax.random.key(0), count))
   for indices in (archs.depth, archs.embed_dim, archs.num_heads[:, 0]):
@@ -67,7 +69,7 @@ def test_nonsense_spaces_are_refused(field, choices):
     'mlp_ratio': (1.0,),
   }
   with pytest.raises(ValueError, match=field):
-    space_lib.SearchSpace(**values | {field: choices})
+    search_space.SearchSpace(**values | {field: choices})
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_architectures_outside_the_space_are_refused(change, message):
     TINY.from_json(values)
 
 
-def draws(space, count, **fixed) -> space_lib.Architecture:
+def draws(space, count, **fixed) -> search_space.Architecture:
   """Uniform draws on the host, some of whose choices are set."""
   archs = jax.vmap(space.uniform)(jax.random.split(jax.random.key(0), count))
   archs = jax.tree.map(np.array, archs)
@@ -97,7 +99,7 @@ def draws(space, count, **fixed) -> space_lib.Architecture:
 
 
 def test_mutation_redraws_as_often_as_it_should():
-  space, rng = space_lib.PIXELS8, np.random.default_rng(0)
+  space, rng = search_space.PIXELS8, np.random.default_rng(0)
   before = draws(space, 4000, depth=2)
   assert same(space.mutate(rng, before, net=0.0, layer=0.0), before)
   after = space.mutate(rng, before, net=0.0, layer=0.2)
@@ -113,7 +115,7 @@ def test_mutation_redraws_as_often_as_it_should():
 
 
 def test_mutation_draws_the_layers_it_brings_to_life():
-  space, rng = space_lib.PIXELS8, np.random.default_rng(0)
+  space, rng = search_space.PIXELS8, np.random.default_rng(0)
   before = draws(space, 1000, depth=0)
   after = space.mutate(rng, before, net=1.0, layer=0.0)
   assert same(space.canonical(after, np), after)
@@ -124,7 +126,7 @@ def test_mutation_draws_the_layers_it_brings_to_life():
 
 
 def test_children_have_their_parents_choices():
-  space, rng = space_lib.PIXELS8, np.random.default_rng(0)
+  space, rng = search_space.PIXELS8, np.random.default_rng(0)
   ones, others = draws(space, 1000, depth=1), draws(space, 1000, depth=2)
   others = jax.tree.map(lambda leaf: leaf[::-1], others)
   children = space.crossover(rng, ones, others)

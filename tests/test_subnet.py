@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from focusformer_jax import errors
-from focusformer_jax import subnet
+from focusformer_jax.models import vit
 from tests.conftest import GEOMETRY, TINY, make_supernet
 
 
@@ -17,14 +17,14 @@ def saved(tmp_path):
   """A directory with the middle of a supernet, and the network itself."""
   arch = TINY.middle()
   net = make_supernet(pool='cls', dtype='bfloat16')
-  network = subnet.extract(net, arch)
-  subnet.save(network, TINY.to_json(arch), epath.Path(tmp_path))
+  network = vit.extract(net, arch)
+  vit.save(network, TINY.to_json(arch), epath.Path(tmp_path))
   return epath.Path(tmp_path), network
 
 
 def test_loads_what_was_saved(saved):
   directory, network = saved
-  loaded, described = subnet.load(directory)
+  loaded, described = vit.load(directory)
   # The tree's structure holds pool, dtype, geometry and names too.
   assert jax.tree.structure(loaded) == jax.tree.structure(network)
   for a, b in zip(
@@ -55,11 +55,11 @@ def test_files_that_do_not_fit(saved, change, message):
   path = directory / 'architecture.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | change))
   with pytest.raises(errors.UserError) as error:
-    subnet.load(directory)
+    vit.load(directory)
   assert message in str(error.value)
   assert '\n' not in str(error.value)
 
 
 def test_a_directory_without_a_network(tmp_path):
   with pytest.raises(errors.UserError, match=r'found .*No such file'):
-    subnet.load(epath.Path(tmp_path))
+    vit.load(epath.Path(tmp_path))

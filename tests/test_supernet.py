@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from focusformer_jax import layers
 from focusformer_jax import sharding
-from focusformer_jax import space as space_lib
-from focusformer_jax import subnet
-from focusformer_jax import supernet as supernet_lib
+from focusformer_jax.models import layers
+from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.models import vit
+from focusformer_jax.spaces import search_space
 from tests.conftest import GEOMETRY, TINY, make_supernet
 
 NETS = {
@@ -31,12 +31,12 @@ def make_net(space, execution) -> supernet_lib.Supernet:
 
 
 apply = jax.jit(supernet_lib.Supernet.__call__)
-extracted = jax.jit(subnet.VisionTransformer.__call__)
+extracted = jax.jit(vit.VisionTransformer.__call__)
 
 
 @pytest.mark.parametrize('arch', TINY.corners(), ids=TINY.describe)
 def test_masked_switched_and_extracted_agree(arch, images):
-  wanted = extracted(subnet.extract(NETS['masked'], arch), images)
+  wanted = extracted(vit.extract(NETS['masked'], arch), images)
   for net in NETS.values():
     np.testing.assert_allclose(apply(net, images, arch), wanted, atol=1e-5)
 
@@ -54,7 +54,7 @@ def test_groups_are_subnets_on_their_shares_of_the_batch(execution, images):
   net = NETS[execution]
   archs = [TINY.smallest(), TINY.largest()]
   logits = jax.jit(supernet_lib.Supernet.grouped)(
-    net, images, space_lib.stack(archs)
+    net, images, search_space.stack(archs)
   )
   for i, arch in enumerate(archs):
     np.testing.assert_allclose(
@@ -62,12 +62,12 @@ def test_groups_are_subnets_on_their_shares_of_the_batch(execution, images):
     )
 
 
-def in_two_layers(name: str) -> space_lib.SearchSpace:
+def in_two_layers(name: str) -> search_space.SearchSpace:
   """Depth is the scan's, which knows no other number."""
-  return dataclasses.replace(space_lib.NAMED[name], depth=(1, 2))
+  return dataclasses.replace(search_space.NAMED[name], depth=(1, 2))
 
 
-@pytest.mark.parametrize('name', space_lib.NAMED)
+@pytest.mark.parametrize('name', search_space.NAMED)
 def test_executions_agree_at_every_corner_of_a_named_space(name, images):
   space = in_two_layers(name)
   nets = [make_net(space, execution) for execution in supernet_lib.EXECUTIONS]
@@ -119,7 +119,7 @@ def test_pooling_by_class_token_differs(images):
   arch = TINY.largest()
   assert not np.allclose(mean(images, arch), token(images, arch))
   np.testing.assert_allclose(
-    token(images, arch), subnet.extract(token, arch)(images), atol=1e-5
+    token(images, arch), vit.extract(token, arch)(images), atol=1e-5
   )
 
 
@@ -152,7 +152,7 @@ def test_collectives_are_those_of_the_parameters(execution, shape, images):
   mesh = sharding.make_mesh(*shape)
   net = NETS[execution]
   net = jax.device_put(net, sharding.shardings(mesh, net))
-  archs = space_lib.stack([TINY.smallest(), TINY.largest()])
+  archs = search_space.stack([TINY.smallest(), TINY.largest()])
 
   @functools.partial(jax.jit, static_argnums=1)
   @jax.value_and_grad

@@ -16,17 +16,18 @@ import pytest
 import tensorflow_datasets as tfds
 
 from configs import cifar100
-from focusformer_jax import data
+from focusformer_jax import config as config_lib
 from focusformer_jax import errors
-from focusformer_jax import evaluate
-from focusformer_jax import experiment as experiment_lib
-from focusformer_jax import policy as policy_lib
-from focusformer_jax import run
-from focusformer_jax import settings as settings_lib
 from focusformer_jax import sharding
-from focusformer_jax import steps
-from focusformer_jax import supernet as supernet_lib
-from focusformer_jax import train
+from focusformer_jax import stages
+from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.sampler import cost_bins
+from focusformer_jax.training import evaluate
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import loop
+from focusformer_jax.training import steps
+from focusformer_jax.training import train
 from tests.conftest import smoke_settings
 
 
@@ -66,7 +67,7 @@ def test_resumes_bit_for_bit(experiment, evaluator, tmp_path, monkeypatch):
 
 def first_batches(experiment, count):
   source = experiment.dataset.split('train')
-  batches = data.train_batches(source, 32, seed=0)
+  batches = batches_lib.train_batches(source, 32, seed=0)
   return [next(batches) for _ in range(count)]
 
 
@@ -181,7 +182,7 @@ def test_penalty_and_exact_agree_where_no_budget_binds(tfds_dir):
       attention_EH=np.zeros_like(table.attention_EH),
       mlp_ER=np.zeros_like(table.mlp_ER),
     )
-    experiment.__dict__['budgets'] = policy_lib.Budgets(flat)
+    experiment.__dict__['budgets'] = cost_bins.CostBins(flat)
     state, _ = one_step(
       experiment, first_batches(experiment, 1)[0], steps.sampler_step
     )
@@ -225,7 +226,7 @@ def test_many_architectures_are_one_compilation(experiment, evaluator):
   assert evaluator._step._cache_size() <= max(before, 1)
   proposals = evaluator.propose(state.policy, experiment.search_budgets)
   assert evaluator._propose._cache_size() == 1
-  table = experiment.budgets.table
+  table = experiment.cost_bins.table
   for budget, proposal in zip(
     experiment.search_budgets, proposals, strict=True
   ):
@@ -264,7 +265,7 @@ def test_sigterm_ends_the_step_in_hand_and_saves(
 
   before = signal.getsignal(signal.SIGTERM)
   monkeypatch.setattr(sharding, 'put_batch', signalled_in_step_five)
-  with pytest.raises(train.Preempted, match='at step 5; saved'):
+  with pytest.raises(loop.Preempted, match='at step 5; saved'):
     train.train(experiment, evaluator, tmp_path)
   monkeypatch.undo()
   assert signal.getsignal(signal.SIGTERM) == before
@@ -302,11 +303,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 
 def test_a_spike_of_the_loss_is_logged(monkeypatch):
   lines = []
-  monkeypatch.setattr(train.logging, 'warning', lambda *a: lines.append(a))
+  monkeypatch.setattr(loop.logging, 'warning', lambda *a: lines.append(a))
   losses = [{'train/loss': loss} for loss in (1.0, 3.0, 1.5)]
-  train._warn_of_spike(10, losses, usual=3.0 / train.SPIKE)
+  loop._warn_of_spike(10, losses, usual=3.0 / loop.SPIKE)
   assert not lines
-  train._warn_of_spike(10, losses, usual=0.5)
+  loop._warn_of_spike(10, losses, usual=0.5)
   assert [line[1:] for line in lines] == [(9, 3.0, 0.5)]
 
 
@@ -339,7 +340,7 @@ def compiled():
 
 def test_digits_end_to_end(tfds_dir, tmp_path, capsys, on_one_device, compiled):
   settings = smoke_settings(tfds_dir)
-  run.run(settings, tmp_path)
+  stages.run(settings, tmp_path)
   steps_of_ours = ('supernet', 'sampler', 'propose', 'eval', 'draw')
   ours = ('_init', *(f'{name}_step' for name in steps_of_ours))
   assert {name: compiled[f'jit({name})'] for name in ours} == (
@@ -364,7 +365,7 @@ def test_digits_end_to_end(tfds_dir, tmp_path, capsys, on_one_device, compiled):
 
   # A second start finds everything done and changes no result.
   stamp = (tmp_path / 'results.json').stat().st_mtime_ns
-  run.run(settings, tmp_path)
+  stages.run(settings, tmp_path)
   assert (tmp_path / 'results.json').stat().st_mtime_ns == stamp
 
 
@@ -374,6 +375,6 @@ def test_cifar100_end_to_end_on_mock_data(tmp_path, on_one_device):
     config.data.dir = str(tmp_path / 'data')
   # TFDS makes up random images of CIFAR-100's form.
   with tfds.testing.mock_data(num_examples=64):
-    run.run(settings_lib.parse(config), tmp_path)
+    stages.run(config_lib.parse(config), tmp_path)
   results = json.loads((tmp_path / 'results.json').read_text())
   assert results['data'] == 'cifar100'

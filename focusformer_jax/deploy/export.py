@@ -1,0 +1,294 @@
+"""A network as a directory that needs neither this project nor its training.
+
+Everything in it computes in float32, whatever it was trained in, so that every
+platform gives the same logits. Each file is read back and compared before the
+next one is written.
+
+Letters: `B` batch, `C` classes.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import io
+import json
+import pathlib
+import zipfile
+
+from absl import logging
+from etils import epath
+import flatbuffers
+import jax
+from jax import export as jax_export
+import jax.numpy as jnp
+import numpy as np
+
+from focusformer_jax import config as config_lib
+from focusformer_jax import errors
+from focusformer_jax.data import augment
+from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.data import image_decoding
+from focusformer_jax.models import vit
+from focusformer_jax.spaces import search_space
+from focusformer_jax.training import experiment as experiment_lib
+
+ARTIFACT = 'model.jax_export'
+CARD = 'README.md'
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+# Largest deviation of a logit from those of the network in memory.
+TOLERANCE = 1e-5
+ONNX_TOLERANCE = 1e-4
+# Images that files are compared on.
+COMPARED = 16
+
+Classify = Callable[[np.ndarray], jax.Array]
+
+USE = {
+  'predict.py': '`python predict.py IMAGE...` prints a class and its '
+  'probability for each image; needs jax and pillow',
+  ARTIFACT: 'uint8 images, any number of them, to logits: '
+  f'`jax.export.deserialize` reads it, for {", ".join(PLATFORMS)}',
+  'model.onnx': 'the same for onnxruntime',
+  'preprocessing.json': 'how images become what both take, and the classes',
+  vit.WEIGHTS: 'the weights; `focusformer_jax.subnet.load` reads them with',
+  vit.DESCRIPTION: 'what the network looks like',
+  'flatbuffers.zip': "a library that jax reads its own format with, Google's, "
+  'Apache 2.0',
+}
+
+
+def export(
+  experiment: experiment_lib.Experiment,
+  network: vit.VisionTransformer,
+  arch: search_space.Architecture,
+  step: int,
+  parent: epath.Path,
+) -> epath.Path:
+  """Writes a network's directory, named after data set and cost.
+
+  One of that name is replaced.
+
+  Args:
+    experiment: gives preprocessing, data set, costs and provenance.
+    network: to be exported.
+    arch: its architecture.
+    step: of the checkpoint that its weights are from.
+    parent: gets the directory.
+
+  Returns:
+    The directory, with the files of `USE` and a model card; `model.onnx` only
+    where a `jax2onnx` is installed that fits the version of JAX.
+
+  Raises:
+    UserError: a file that was written does not give the network's logits.
+  """
+  table, recipe = experiment.cost_bins.table, experiment.recipe
+  name = experiment.settings.data.name.replace('/', '_')
+  directory = parent / f'{name}-{_short(table.of(arch))}-{table.name}'
+  network = vit.VisionTransformer(
+    network.stem, list(network.blocks), network.head, network.geometry
+  )
+  test = experiment.dataset.split('test')
+  images = test.batch(np.arange(min(COMPARED, len(test))))['image']
+  logits_BC = _classifier(recipe, network)(images)
+
+  def compare(file, found_BC, tolerance=TOLERANCE):
+    deviation = float(np.abs(np.asarray(found_BC) - logits_BC).max())
+    if not deviation <= tolerance:
+      raise errors.UserError(
+        f'{directory / file}: wanted the logits of the network to {tolerance}, '
+        f'found a deviation of {deviation:.2g}; do not use that file'
+      )
+
+  for file in (*USE, CARD):  # Nothing of another network may stay.
+    (directory / file).unlink(missing_ok=True)
+  vit.save(network, experiment.space.to_json(arch), directory)
+  loaded, _ = vit.load(directory)
+  compare(vit.WEIGHTS, _classifier(recipe, loaded)(images))
+
+  (directory / ARTIFACT).write_bytes(_artifact(recipe, network))
+  artifact = jax.jit(
+    jax_export.deserialize((directory / ARTIFACT).read_bytes()).call
+  )
+  compare(ARTIFACT, artifact(images))
+
+  if onnx := _onnx(recipe, network):
+    (directory / 'model.onnx').write_bytes(onnx)
+    onnx = (directory / 'model.onnx').read_bytes()
+    compare('model.onnx', _run_onnx(onnx, images), ONNX_TOLERANCE)
+
+  (directory / 'preprocessing.json').write_text(
+    json.dumps(_preprocessing(experiment), indent=2) + '\n'
+  )
+  (directory / 'flatbuffers.zip').write_bytes(_flatbuffers())
+  (directory / 'predict.py').write_text(
+    pathlib.Path(__file__).with_name('predict.py').read_text()
+  )
+  accuracy = {
+    split: _accuracy(experiment, artifact, split)
+    for split in ('heldout', 'test')
+  }
+  (directory / CARD).write_text(
+    _card(experiment, arch, step, accuracy, directory)
+  )
+  return directory
+
+
+def _short(count: int) -> str:
+  """Four digits and a letter for the thousands, such as 1.416M."""
+  thousands = (len(str(count)) - 1) // 3
+  return f'{count / 1000**thousands:.4g}{" kMGTP"[thousands].strip()}'
+
+
+def _classifier(
+  recipe: config_lib.Augment, network: vit.VisionTransformer
+) -> Classify:
+  """Compiled, from bytes to logits."""
+
+  @jax.jit
+  def classify(images_BHWC):
+    with jax.default_matmul_precision('float32'):
+      return network(augment.normalize(recipe, images_BHWC))
+
+  return classify
+
+
+def _images(geometry: search_space.Geometry) -> jax.ShapeDtypeStruct:
+  """Bytes of any number of images."""
+  size, channels = geometry.image_size, geometry.channels
+  shape = jax_export.symbolic_shape(f'batch, {size}, {size}, {channels}')
+  return jax.ShapeDtypeStruct(shape, jnp.uint8)
+
+
+def _artifact(recipe, network) -> bytes:
+  """The network as `jax.export` serializes it."""
+  export_to = jax_export.export(
+    _classifier(recipe, network), platforms=PLATFORMS
+  )
+  return bytes(export_to(_images(network.geometry)).serialize())
+
+
+def _onnx(recipe, network) -> bytes | None:
+  """The network in ONNX, where the converter is installed."""
+  try:
+    import jax2onnx  # Brings onnxruntime.
+  except ImportError:
+    logging.info('no model.onnx: pip install jax2onnx to have one')
+    return None
+  try:
+    model = jax2onnx.to_onnx(
+      _classifier(recipe, network),
+      [_images(network.geometry)],
+      input_names=['images'],
+      output_names=['logits'],
+    )
+  except Exception as error:  # It reads parts of JAX that change.
+    logging.warning(
+      'no model.onnx: wanted a jax2onnx that fits jax %s, found %s',
+      jax.__version__,
+      errors.first_line(error),
+    )
+    return None
+  return model.SerializeToString()
+
+
+def _run_onnx(model: bytes, images_BHWC) -> np.ndarray:
+  import onnxruntime
+
+  session = onnxruntime.InferenceSession(
+    model, providers=['CPUExecutionProvider']
+  )
+  return session.run(None, {session.get_inputs()[0].name: images_BHWC})[0]
+
+
+def _preprocessing(experiment) -> dict:
+  recipe, geometry = experiment.recipe, experiment.geometry
+  return {
+    'image_size': geometry.image_size,
+    'channels': geometry.channels,
+    # Images of one size are taken whole, as in training.
+    'center_crop': image_decoding.CENTER_SHARE
+    if experiment.dataset.encoded
+    else 1.0,
+    'mean': recipe.mean,
+    'std': recipe.std,
+    'mean_and_std': 'of white as 1; both models subtract and divide themselves',
+    'classes': experiment.dataset.classes,
+  }
+
+
+def _flatbuffers() -> bytes:
+  """What jax's reader imports and jax lacks, as a zip that Python takes."""
+  file = io.BytesIO()
+  with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
+    for path in sorted(pathlib.Path(flatbuffers.__file__).parent.glob('*.py')):
+      # Of no date, so that the same export is the same bytes.
+      entry = zipfile.ZipInfo(f'flatbuffers/{path.name}')
+      archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+  return file.getvalue()
+
+
+def _accuracy(experiment, classify: Classify, split: str) -> tuple[int, int]:
+  """Images of a split that are classified rightly, and all of them."""
+  right, count = 0, 0
+  batches = batches_lib.eval_batches(
+    experiment.dataset.split(split), experiment.settings.data.eval_batch_size
+  )
+  for batch in batches:
+    hits_B = np.argmax(classify(batch['image']), -1) == batch['label']
+    right += int((hits_B * batch['weight']).sum())
+    count += int(batch['weight'].sum())
+  return right, count
+
+
+def _card(experiment, arch, step, accuracy, directory) -> str:
+  """The model card: what it is, how good, how to use it, where it is from."""
+  settings, geometry = experiment.settings, experiment.geometry
+  size = geometry.image_size
+  rows = [
+    ('architecture', experiment.space.describe(arch)),
+    ('input', f'{size} x {size} pixels, {geometry.channels} channels'),
+    ('output', f'{geometry.num_classes} classes'),
+    *(
+      (table.label, f'{table.of(arch):,}')
+      for table in experiment.tables.values()
+    ),
+    *(
+      (f'{split} accuracy', f'{right / count:.2%} ({right:,} of {count:,})')
+      for split, (right, count) in accuracy.items()
+    ),
+    ('data set', settings.data.name),
+    ('checkpoint', f'step {step} of {settings.train.steps}'),
+    ('seed', settings.seed),
+    ('made with', f'jax {jax.__version__}'),
+  ]
+  files = [
+    (f'`{f}`', use) for f, use in USE.items() if (directory / f).exists()
+  ]
+  lines = [
+    f'# {directory.name}',
+    '',
+    'An image classifier, cut out of a supernet that focusformer_jax trained.',
+    'Accuracies are those of `model.jax_export` in this directory.',
+    '',
+    *_table(rows),
+    '',
+    '## Files',
+    '',
+    *_table(files),
+    '',
+    '## Configuration',
+    '',
+    '```json',
+    json.dumps(dataclasses.asdict(settings), indent=2),
+    '```',
+    '',
+  ]
+  return '\n'.join(lines)
+
+
+def _table(rows) -> list[str]:
+  return [
+    '| | |',
+    '| --- | --- |',
+    *(f'| {key} | {value} |' for key, value in rows),
+  ]

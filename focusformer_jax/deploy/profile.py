@@ -1,0 +1,303 @@
+"""What subnets cost on this device, and which budgets can be met.
+
+Latency becomes a cost like the others: a table of what stem and head take,
+and of what each choice adds to one layer (`latency.py`). Random networks, timed
+in the same rounds, tell how well it predicts.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import re
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+import scipy.stats
+
+from focusformer_jax import atomic_files
+from focusformer_jax import config as config_lib
+from focusformer_jax import errors
+from focusformer_jax import text_table
+from focusformer_jax.deploy import latency
+from focusformer_jax.sampler import conditional
+from focusformer_jax.sampler import cost_bins
+from focusformer_jax.spaces import cost
+from focusformer_jax.spaces import search_space
+from focusformer_jax.training import evaluate
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import state as state_lib
+from focusformer_jax.training import train
+
+# Of architectures, for the median of each cost.
+DRAWS = 10_000
+
+
+def profile(settings: config_lib.Settings, workdir: epath.Path) -> None:
+  """Prints what can be reached, measures latency and checks its prediction.
+
+  Times random networks, and those that a table is made of unless
+  `config.sampler.latency` names one. If a sampler is trained in `workdir`, what
+  it decodes for budgets in microseconds is then timed beside the same random
+  networks.
+
+  Writes `profile/latency-*.json`, the table, and `profile/check.json`.
+
+  Raises:
+    UserError: more than one process, a table that does not fit the run, or
+      layers too fast for whole microseconds.
+  """
+  if jax.process_count() > 1:
+    raise errors.UserError(
+      f'--mode=profile: wanted one process, found {jax.process_count()}'
+    )
+  # Budgets out of reach are to be told, not refused.
+  configured = settings.search.budgets
+  experiment = experiment_lib.create(_with(settings, 'search', budgets=()))
+  archs = _uniform_architectures(experiment)
+  print(f'{_reachable(experiment.tables, archs)}\n')
+  print(f'{_feasible(experiment, archs, configured)}\n', flush=True)
+
+  random, repeats = _random(experiment), settings.profile.repeats
+  programs = latency.compile_networks(experiment, experiment.space, random)
+  if settings.sampler.latency:
+    path = epath.Path(settings.sampler.latency)
+    random_T = latency.measure(programs, repeats)
+  else:
+    space, alike = latency.design(experiment.space)
+    rows = latency.compile_networks(experiment, space, alike)
+    times_T = latency.measure(programs + rows, repeats)
+    random_T, alike_T = np.split(times_T, [len(random)])
+    path = _write_table(experiment, latency.fit(space, alike, alike_T), workdir)
+
+  budgets = ()
+  if settings.sampler.cost == 'latency':
+    minimum = experiment.cost_bins.table.minimum
+    budgets = tuple(b for b in configured if b >= minimum)
+  settings = _with(settings, 'search', budgets=budgets)
+  settings = _with(settings, 'sampler', cost='latency', latency=str(path))
+  experiment = dataclasses.replace(experiment, settings=settings)
+  print(f'{_layers(experiment)}\n')
+  measured = {'latency': experiment.tables['latency']}
+  print(f'{_reachable(measured, archs)}\n', flush=True)
+
+  timed = _timed(experiment, [(None, arch) for arch in random], random_T)
+  if decoded := _decoded(experiment, workdir):
+    more = latency.compile_networks(
+      experiment, experiment.space, [a for _, a in decoded]
+    )
+    again_T, decoded_T = np.split(
+      latency.measure(programs + more, repeats), [len(random)]
+    )
+    # Than when the table was measured.
+    slower = np.median(again_T / random_T)
+    timed += _timed(experiment, decoded, decoded_T / slower)
+    print(
+      f"The sampler's networks were timed later, when the random ones took "
+      f'{slower:.2f} times as long; they are divided by that.\n'
+    )
+  print(_check(experiment, timed, path, workdir))
+
+
+def _with(settings: config_lib.Settings, section: str, **changes):
+  changed = dataclasses.replace(getattr(settings, section), **changes)
+  return dataclasses.replace(settings, **{section: changed})
+
+
+def _key(experiment, step: int) -> jax.Array:
+  return state_lib.stream_key(
+    experiment.settings.seed, state_lib.Stream.PROFILE, step
+  )
+
+
+def _uniform_architectures(experiment) -> search_space.Architecture:
+  """Draws from the whole space, each subnet as likely as any other."""
+  budgets = experiment.cost_bins
+  draw = jax.jit(
+    lambda key: conditional.uniform_within(
+      key, experiment.space, budgets, budgets.range[1], DRAWS
+    )
+  )
+  return draw(_key(experiment, 0))
+
+
+def _costs(table: cost.CostTable, archs) -> np.ndarray:
+  """Costs of a batch of architectures, int64."""
+  return np.asarray(table.units(archs), np.int64) * table.unit
+
+
+def _reachable(tables: Mapping[str, cost.CostTable], archs) -> str:
+  """Lowest, median and highest of each cost."""
+  rows = [['cost', 'minimum', 'median', 'maximum']]
+  for table in tables.values():
+    median = int(np.median(_costs(table, archs)))
+    numbers = (table.minimum, median, table.maximum)
+    rows.append([table.label, *(f'{n:,}' for n in numbers)])
+  return text_table.align(rows)
+
+
+def _feasible(experiment, archs, configured: Sequence[float]) -> str:
+  """Which budgets some subnet can meet, and how many of all subnets do."""
+  table = experiment.cost_bins.table
+  costs = _costs(table, archs)
+  rows = [[f'budget, {table.label}', 'can be met', 'subnets within']]
+  for budget in sorted(configured) or experiment.search_budgets:
+    met = 'yes' if budget >= table.minimum else 'no'
+    share = np.mean(costs <= budget)
+    rows.append([f'{budget:,.10g}', met, f'{share:.1%}'])
+  return text_table.align(rows)
+
+
+def _write_table(experiment, entries, workdir) -> epath.Path:
+  """Writes what `latency.fit` returned for `latency_table.read` to read."""
+  settings, name = experiment.settings.profile, latency.device_name()
+  least = (entries['attention'].min(1) + entries['mlp'].min(1)).min()
+  if least < 1:
+    raise errors.UserError(
+      f'config.profile.batch_size: wanted layers of at least 1 microsecond on '
+      f'{name}, found less with {settings.batch_size}; raise it'
+    )
+  facts = experiment.latency_facts
+  words = f'latency {name} b{settings.batch_size} {facts["dtype"]}'
+  file = re.sub('[^a-z0-9]+', '-', words.lower()) + '.json'
+  path = workdir / 'profile' / file
+  _write(
+    path,
+    {'device': name, 'jax': jax.__version__, 'repeats': settings.repeats}
+    | facts
+    | {'microseconds': {k: v.tolist() for k, v in entries.items()}},
+  )
+  return path
+
+
+def _layers(experiment) -> str:
+  """The table: what stem and head take, and one layer of each choice."""
+  table, space = experiment.tables['latency'], experiment.space
+  ratios = [f'ratio {ratio:g}' for ratio in space.mlp_ratio]
+  rows = [['embed', 'stem and head', 'heads', *ratios]]
+  for e, embed in enumerate(space.embed_dim):
+    for h, heads in enumerate(space.num_heads):
+      layers = table.attention_EH[e, h] + table.mlp_ER[e]
+      first = [str(embed), str(table.stem_E[e])] if h == 0 else ['', '']
+      rows.append([*first, str(heads), *map(str, layers)])
+  return text_table.align(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+  """A network in microseconds; `budget` is None for a random one."""
+
+  budget: int | None
+  macs: int
+  predicted: int
+  measured: int
+  architecture: dict[str, Any]
+
+  @property
+  def error(self) -> float:
+    """Of the prediction, as a share of what was measured."""
+    return self.predicted / self.measured - 1
+
+
+def _timed(experiment, chosen, times_T) -> list[Timed]:
+  """Predictions beside what budgets and architectures took."""
+  return [
+    Timed(
+      budget=budget,
+      macs=experiment.tables['macs'].of(arch),
+      predicted=experiment.tables['latency'].of(arch),
+      measured=round(time_),
+      architecture=experiment.space.to_json(arch),
+    )
+    for (budget, arch), time_ in zip(chosen, times_T, strict=True)
+  ]
+
+
+def _check(experiment, timed, path, workdir) -> str:
+  """Writes how measured times compare with the table, and says it."""
+  random = [t for t in timed if t.budget is None]
+  error = np.median([abs(t.error) for t in random])
+  rank = scipy.stats.spearmanr(
+    [t.predicted for t in random], [t.measured for t in random]
+  ).statistic
+  results = {
+    'device': latency.device_name(),
+    'table': str(path),
+    'median_absolute_error': float(error),
+    'rank_correlation': float(rank),
+    'networks': [dataclasses.asdict(t) for t in timed],
+  }
+  _write(workdir / 'profile' / 'check.json', results)
+  return (
+    f'{_compared(timed)}\n\n{len(random)} random networks: median absolute '
+    f'error {error:.1%}, rank correlation {rank:.3f}\n'
+    f'Microseconds of {experiment.settings.profile.batch_size} images in '
+    f'{experiment.settings.supernet.dtype} on {latency.device_name()}; '
+    f'table: {path}'
+  )
+
+
+def _compared(timed: Sequence[Timed]) -> str:
+  rows = [
+    [
+      'network',
+      'budget',
+      'depth',
+      'embed',
+      'MACs',
+      'predicted',
+      'measured',
+      'error',
+      'of budget',
+    ]
+  ]
+  for t in timed:
+    drawn = t.budget is None
+    rows.append(
+      [
+        'random' if drawn else 'sampler',
+        '' if drawn else f'{t.budget:,}',
+        str(t.architecture['depth']),
+        str(t.architecture['embed_dim']),
+        f'{t.macs:,}',
+        f'{t.predicted:,}',
+        f'{t.measured:,}',
+        f'{t.error:+.1%}',
+        '' if drawn else f'{t.measured / t.budget:.1%}',
+      ]
+    )
+  return text_table.align(rows)
+
+
+def _random(experiment) -> list[search_space.Architecture]:
+  """As many as are configured, spread over the range of MACs."""
+  settings = experiment.settings
+  budgets = cost_bins.CostBins(experiment.tables['macs'], settings.sampler.bins)
+
+  @jax.jit
+  @jax.vmap
+  def draw(key, budget):
+    return conditional.uniform_within(key, experiment.space, budgets, budget, 1)
+
+  count = settings.profile.networks
+  keys = jax.random.split(_key(experiment, 1), count)
+  archs = draw(keys, np.geomspace(*budgets.range, count).astype(np.int32))
+  return search_space.unstack(jax.tree.map(lambda leaf: leaf[:, 0], archs))
+
+
+def _decoded(
+  experiment, workdir
+) -> list[tuple[int, search_space.Architecture]]:
+  """What the sampler says at each budget; nothing where none is trained."""
+  if not (workdir / train.CHECKPOINTS).exists():
+    return []
+  with train.open_checkpoints(experiment, workdir) as checkpoints:
+    state = checkpoints.restore(experiment.abstract_state)
+  budgets = experiment.search_budgets
+  proposals = evaluate.Evaluator(experiment).propose(state.policy, budgets)
+  return [(b, p.arch) for b, p in zip(budgets, proposals, strict=True)]
+
+
+def _write(path: epath.Path, values: dict[str, Any]) -> None:
+  atomic_files.write(path, json.dumps(values, indent=2) + '\n')

@@ -1,0 +1,316 @@
+"""AutoFormer's networks into ours, and back.
+
+Names and layouts on the other side are those of AutoFormer's public PyTorch
+code (microsoft/Cream); a state dict here is a mapping of those names to
+arrays. Its architectures are dicts with `layer_num`, `embed_dim`, `num_heads`
+and `mlp_ratio`. Its files keep a state dict under the key 'model'; that of a
+subnet has the supernet's shapes, of which the subnet reads prefixes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import io
+import itertools
+import re
+from typing import Any, TypeVar
+
+from etils import epath
+from flax import nnx
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from focusformer_jax import errors
+from focusformer_jax.models import layers
+from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.models import vit
+from focusformer_jax.spaces import search_space
+
+StateDict = Mapping[str, np.ndarray]
+Network = TypeVar('Network', supernet_lib.Supernet, vit.VisionTransformer)
+
+
+def reference_geometry(values: Mapping[str, Any]) -> search_space.Geometry:
+  """The geometry in AutoFormer's words; ImageNet's where it says nothing."""
+  return search_space.Geometry(
+    image_size=values.get('img_size', 224),
+    patch_size=values.get('patch_size', 16),
+    channels=values.get('in_chans', 3),
+    num_classes=values.get('num_classes', 1000),
+    max_relative_position=values.get('max_relative_position', 14),
+  )
+
+
+def reference_space(
+  archs: Sequence[Mapping[str, Any]], head_dim: int = 64
+) -> tuple[search_space.SearchSpace, list[search_space.Architecture]]:
+  """The smallest space that holds the given AutoFormer architectures.
+
+  Raises:
+    ValueError: an architecture changes its width from layer to layer.
+  """
+
+  def width(arch) -> int:
+    widths = set(arch['embed_dim'])
+    if len(widths) != 1:
+      raise ValueError(f'embed_dim: wanted one width, found {sorted(widths)}')
+    return widths.pop()
+
+  def choices(values) -> tuple:
+    return tuple(sorted(set(values)))
+
+  space = search_space.SearchSpace(
+    embed_dim=choices(width(a) for a in archs),
+    depth=choices(a['layer_num'] for a in archs),
+    num_heads=choices(h for a in archs for h in a['num_heads']),
+    mlp_ratio=choices(r for a in archs for r in a['mlp_ratio']),
+    head_dim=head_dim,
+  )
+  return space, [
+    space.from_json(
+      {
+        'depth': a['layer_num'],
+        'embed_dim': width(a),
+        'num_heads': list(a['num_heads'][: a['layer_num']]),
+        'mlp_ratio': list(a['mlp_ratio'][: a['layer_num']]),
+      }
+    )
+    for a in archs
+  ]
+
+
+# Names of a layer's arrays that are alike on both sides.
+SAME = {
+  'attention.out_bias': 'attn.proj.bias',
+  'attention.position_key.rows': 'attn.rel_pos_embed_k.embeddings_table_v',
+  'attention.position_key.columns': 'attn.rel_pos_embed_k.embeddings_table_h',
+  'attention.position_value.rows': 'attn.rel_pos_embed_v.embeddings_table_v',
+  'attention.position_value.columns': 'attn.rel_pos_embed_v.embeddings_table_h',
+  'attention_norm.scale': 'attn_layer_norm.weight',
+  'attention_norm.bias': 'attn_layer_norm.bias',
+  'mlp.up_bias': 'fc1.bias',
+  'mlp.down_bias': 'fc2.bias',
+  'mlp_norm.scale': 'ffn_layer_norm.weight',
+  'mlp_norm.bias': 'ffn_layer_norm.bias',
+}
+
+
+def _layer_to(ours: StateDict) -> dict[str, np.ndarray]:
+  """One layer in AutoFormer's names and layouts."""
+  width = len(ours['attention.query'])
+  # The rows of queries, keys and values are interleaved; the biases are not.
+  kernels = [
+    ours[f'attention.{part}'].reshape(width, -1).T
+    for part in ('query', 'key', 'value')
+  ]
+  return {theirs: ours[name] for name, theirs in SAME.items()} | {
+    'attn.qkv.weight': np.stack(kernels, axis=1).reshape(-1, width),
+    'attn.qkv.bias': ours['attention.bias'].ravel(),
+    'attn.proj.weight': ours['attention.out'].reshape(-1, width).T,
+    'fc1.weight': ours['mlp.up'].T,
+    'fc2.weight': ours['mlp.down'].T,
+  }
+
+
+def _layer_from(theirs: StateDict) -> dict[str, np.ndarray]:
+  """The inverse of `_layer_to`."""
+  ours = {name: theirs[same] for name, same in SAME.items()}
+  width, head_dim = (
+    theirs['attn.qkv.weight'].shape[1],
+    ours['attention.position_key.rows'].shape[1],
+  )
+  for i, part in enumerate(('query', 'key', 'value')):
+    kernel = theirs['attn.qkv.weight'][i::3].T
+    ours[f'attention.{part}'] = kernel.reshape(width, -1, head_dim)
+  out = theirs['attn.proj.weight'].T
+  return ours | {
+    'attention.bias': theirs['attn.qkv.bias'].reshape(-1, head_dim),
+    'attention.out': out.reshape(-1, head_dim, width),
+    'mlp.up': theirs['fc1.weight'].T,
+    'mlp.down': theirs['fc2.weight'].T,
+  }
+
+
+def _layer_names(name: str, param: nnx.Variable) -> list[str]:
+  """A name for each layer where `param` stacks them, else its own."""
+  if param.ndim == len(param.axes):
+    return [name]
+  return [name.replace('.', f'.{i}.', 1) for i in range(param.shape[0])]
+
+
+def _layers(arrays: StateDict) -> Iterator[dict[str, np.ndarray]]:
+  """The arrays of each layer, by what follows `blocks.<layer>.` in a name."""
+  for i in itertools.count():
+    prefix = f'blocks.{i}.'
+    layer = {
+      name.removeprefix(prefix): array
+      for name, array in arrays.items()
+      if name.startswith(prefix)
+    }
+    if not layer:
+      return
+    yield layer
+
+
+def to_autoformer(network: Network) -> dict[str, np.ndarray]:
+  """A network's weights in AutoFormer's names and layouts.
+
+  Tensors are as large as the largest subnet of the space, or as the extracted
+  network: the sizes to build AutoFormer's model with.
+  """
+  ours = {}
+  for name, param in layers.named_params(network).items():
+    names, array = _layer_names(name, param), np.asarray(param.get_value())
+    ours |= {name: array} if names == [name] else dict(zip(names, array))
+  patch = network.geometry.patch_size
+  kernel = ours['stem.kernel'].reshape(patch, patch, -1, len(ours['stem.bias']))
+  theirs = {
+    'cls_token': ours['stem.class_token'][None, None],
+    'pos_embed': ours['stem.position'][None],
+    'patch_embed_super.proj.weight': kernel.transpose(3, 2, 0, 1),
+    'patch_embed_super.proj.bias': ours['stem.bias'],
+    'norm.weight': ours['head.norm.scale'],
+    'norm.bias': ours['head.norm.bias'],
+    'head.weight': ours['head.kernel'].T,
+    'head.bias': ours['head.bias'],
+  }
+  for i, layer in enumerate(_layers(ours)):
+    theirs |= {f'blocks.{i}.{k}': v for k, v in _layer_to(layer).items()}
+  return theirs
+
+
+def from_autoformer(state_dict: StateDict, network: Network) -> Network:
+  """Puts AutoFormer's weights into a supernet or an extracted network.
+
+  The state dict may be wider and deeper than the network (AutoFormer's tiny
+  supernet is 256 wide for a largest choice of 240): a subnet only ever reads
+  prefixes. So a published subnet, whose tensors have its supernet's shapes,
+  goes into a network that `vit.create` makes of its architecture.
+
+  Args:
+    state_dict: AutoFormer's names to arrays.
+    network: gives structure and sizes, and may be abstract.
+
+  Raises:
+    ValueError: names the first tensor that is missing or does not fit.
+  """
+  like = jax.tree.map(lambda leaf: np.zeros(leaf.shape), network)
+  theirs = {
+    name: _prefix(name, state_dict.get(name), wanted.shape)
+    for name, wanted in to_autoformer(like).items()
+  }
+  kernel = theirs['patch_embed_super.proj.weight']
+  ours = {
+    'stem.kernel': kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel)),
+    'stem.bias': theirs['patch_embed_super.proj.bias'],
+    'stem.class_token': theirs['cls_token'][0, 0],
+    'stem.position': theirs['pos_embed'][0],
+    'head.norm.scale': theirs['norm.weight'],
+    'head.norm.bias': theirs['norm.bias'],
+    'head.kernel': theirs['head.weight'].T,
+    'head.bias': theirs['head.bias'],
+  }
+  for i, layer in enumerate(_layers(theirs)):
+    ours |= {f'blocks.{i}.{k}': v for k, v in _layer_from(layer).items()}
+
+  def array(name, param):
+    arrays = [ours[name] for name in _layer_names(name, param)]
+    return np.stack(arrays).reshape(param.shape)
+
+  return layers.replace_params(
+    network,
+    {
+      name: array(name, param)
+      for name, param in layers.named_params(network).items()
+    },
+  )
+
+
+# Tensors of theirs whose sizes are not all widths: the axes that are.
+WIDTHS = {
+  'cls_token': (2,),
+  'pos_embed': (2,),
+  'patch_embed_super.proj.weight': (0,),
+  'head.weight': (1,),
+  'head.bias': (),
+}
+
+
+def _prefix(name: str, array: np.ndarray | None, wanted: tuple[int, ...]):
+  """The part of a tensor that a network of these sizes reads.
+
+  Widths may be larger than wanted; grid, patch, classes and distances may not.
+  """
+  if array is None:
+    raise ValueError(f'wanted {name} of shape {wanted}, found no such tensor')
+  array = np.asarray(array)
+  widths = () if 'embeddings_table' in name else WIDTHS.get(name, (0, 1))
+  fits = array.ndim == len(wanted) and all(
+    found == size or (found > size and axis in widths)
+    for axis, (found, size) in enumerate(zip(array.shape, wanted, strict=True))
+  )
+  if not fits:
+    raise ValueError(
+      f'wanted {name} of shape {wanted}{" or wider" if widths else ""}, '
+      f'found {array.shape}'
+    )
+  return array[tuple(map(slice, wanted))]
+
+
+def read(path: epath.Path) -> dict[str, np.ndarray]:
+  """A state dict from a `.safetensors` file, or a `.pth` file of tensors alone.
+
+  Nothing in a file is executed: of a `.pth` only tensors are taken, under
+  their names or, as AutoFormer saves them, under a key 'model' and nothing
+  else. That takes torch.
+
+  Raises:
+    UserError: no such file, torch is missing, or there is more than tensors.
+  """
+  if not path.exists():
+    raise errors.UserError(f'wanted a file of weights, found none at {path}')
+  if path.suffix == '.safetensors':
+    try:
+      return safetensors.numpy.load(path.read_bytes())
+    except safetensors.SafetensorError as error:
+      raise errors.UserError(
+        f'wanted safetensors in {path}, found {errors.first_line(error)}'
+      ) from error
+  try:
+    import torch  # Only here.
+  except ImportError as error:
+    raise errors.UserError(
+      f'wanted torch to read {path}, found none; pip install torch, or make a '
+      '.safetensors file of it where torch is'
+    ) from error
+
+  def refuse(found) -> errors.UserError:
+    return errors.UserError(
+      f'wanted tensors alone in {path}, found {found}; where you trust the '
+      "file, save its 'model' by itself"
+    )
+
+  try:
+    loaded = torch.load(io.BytesIO(path.read_bytes()), 'cpu', weights_only=True)
+  except Exception as error:  # torch raises anything on what it cannot read.
+    unsafe = re.search(r'GLOBAL (\S+)', str(error))
+    raise refuse(unsafe[1] if unsafe else errors.first_line(error)) from error
+  if isinstance(loaded, dict) and isinstance(loaded.get('model'), dict):
+    loaded = loaded.pop('model') | loaded
+  if not isinstance(loaded, dict):
+    raise refuse(type(loaded).__name__)
+  for name, value in loaded.items():
+    if not isinstance(value, torch.Tensor):
+      raise refuse(f'{type(value).__name__} under {name!r}')
+  return {
+    name: tensor.to(torch.float32).numpy() for name, tensor in loaded.items()
+  }
+
+
+def write(network: Network, path: epath.Path) -> None:
+  """Writes a `.safetensors` file in AutoFormer's names and layouts."""
+  arrays = {
+    name: np.ascontiguousarray(array)
+    for name, array in to_autoformer(network).items()
+  }
+  path.write_bytes(safetensors.numpy.save(arrays))

@@ -1,0 +1,417 @@
+"""The parts of a vision transformer, elastic by prefix masks or by slicing.
+
+One formulation serves every way of running a subnet. A part computes with the
+arrays it holds; given a prefix mask or a live count, it behaves as if it held
+only that prefix. Every parameter names its axes, so `take` can cut a smaller
+part out of a larger one. Extracted networks are built of the same parts.
+
+Letters: `B` batch, `N` tokens, `D` width, `F` MLP width, `H` heads, `K` head
+dim, `G` patches along one side, `C` classes, `T` entries of a distance table,
+`L` layers.
+"""
+
+from collections.abc import Mapping
+import math
+from typing import TypeVar
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+Module = TypeVar('Module', bound=nnx.Module)
+
+LAYER_NORM_EPS = 1e-5
+
+
+def is_param(node) -> bool:
+  return isinstance(node, nnx.Variable)
+
+
+def named_params(module: nnx.Module) -> dict[str, nnx.Variable]:
+  """Parameters by the names that files have, such as `blocks.0.mlp.up`."""
+  params, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_param)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): param
+    for path, param in params
+  }
+
+
+def replace_params(module: Module, arrays: Mapping[str, Array]) -> Module:
+  """The module with `arrays`, by name, in place of its own."""
+  return jax.tree.unflatten(
+    jax.tree.structure(module, is_leaf=is_param),
+    [
+      param.replace(jnp.asarray(arrays[name], jnp.float32))
+      for name, param in named_params(module).items()
+    ],
+  )
+
+
+def _normal(rngs, std, shape, axes) -> nnx.Param:
+  """A parameter whose `axes` name the dimension that sizes each axis."""
+  return nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=axes)
+
+
+def take(module: Module, sizes: dict[str, int]) -> Module:
+  """The prefix slice of every parameter of `module`.
+
+  Args:
+    module: a part, or several stacked along leading axes.
+    sizes: how much to keep of the axes named 'embed', 'heads' and 'mlp';
+      'heads3' is three times 'heads'.
+
+  Returns:
+    The same kind of module over smaller arrays.
+  """
+  sizes = dict(sizes)
+  if 'heads' in sizes:
+    sizes['heads3'] = 3 * sizes['heads']
+
+  def cut(param):
+    stacked = param.ndim - len(param.axes)
+    index = (slice(None),) * stacked
+    index += tuple(slice(sizes.get(axis)) for axis in param.axes)
+    return param.replace(param.get_value()[index])
+
+  return jax.tree.map(cut, module, is_leaf=is_param)
+
+
+def prefix_mask(live: Int[Array, ''], size: int) -> Float[Array, 'D']:
+  """1 for the first `live` entries, 0 beyond; `live` may be traced."""
+  return (jnp.arange(size) < live).astype(jnp.float32)
+
+
+class LayerNorm(nnx.Module):
+  """Layer normalization over the live features alone."""
+
+  def __init__(self, embed_dim: int):
+    self.scale = nnx.Param(jnp.ones(embed_dim), axes=('embed',))
+    self.bias = nnx.Param(jnp.zeros(embed_dim), axes=('embed',))
+
+  def __call__(
+    self,
+    x_BND: Float[Array, 'B N D'],
+    mask_D: Float[Array, 'D'] | None = None,
+  ) -> Float[Array, 'B N D']:
+    """Normalizes in float32; features where `mask_D` is 0 come out as 0."""
+    x = x_BND.astype(jnp.float32)
+    scale, bias = self.scale.get_value(), self.bias.get_value()
+    if mask_D is None:
+      mean = jnp.mean(x, -1, keepdims=True)
+      centerd = x - mean
+      variance = jnp.mean(jnp.square(centerd), -1, keepdims=True)
+    else:
+      live = jnp.sum(mask_D)
+      mean = jnp.sum(x * mask_D, -1, keepdims=True) / live
+      centerd = (x - mean) * mask_D
+      variance = jnp.sum(jnp.square(centerd), -1, keepdims=True) / live
+      bias = bias * mask_D
+    normed = centerd * (jax.lax.rsqrt(variance + LAYER_NORM_EPS) * scale)
+    return (normed + bias).astype(x_BND.dtype)
+
+
+def _dense(x: Array, kernel: Array, bias: Array) -> Array:
+  return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+
+
+class RelativePosition(nnx.Module):
+  """Vectors for the distance of two patches, a row part plus a column part.
+
+  The class token is a row and a column of its own (index G of the grid), with
+  entry 0 of each table for any pair it belongs to. Tables of 2m + 2 vectors
+  as in AutoFormer; the (N,N,K) tensor of their sums is never built.
+  """
+
+  def __init__(
+    self, head_dim: int, max_distance: int, *, std: float, rngs: nnx.Rngs
+  ):
+    shape = (2 * max_distance + 2, head_dim)
+    self.rows = _normal(rngs, std, shape, (None, None))
+    self.columns = _normal(rngs, std, shape, (None, None))
+
+
+def distance_index(grid: int, max_distance: int) -> Int[np.ndarray, 'G+1 G+1']:
+  """Table entry of (query, key) along one axis; the last is the class token."""
+  position = np.arange(grid)
+  distance = np.clip(
+    position[None, :] - position[:, None], -max_distance, max_distance
+  )
+  return np.pad(distance + max_distance + 1, (0, 1)).astype(np.int32)
+
+
+def token_coordinates(grid: int) -> Int[np.ndarray, '2 N']:
+  """Row and column of every token; the class token comes first, at (G, G)."""
+  rows, columns = np.divmod(np.arange(grid**2), grid)
+  return np.stack([np.append(grid, rows), np.append(grid, columns)])
+
+
+def _one_hot_coordinates(grid: int) -> Float[np.ndarray, 'N 2*(G+1)']:
+  """Row, then column of every token as one-hot vectors."""
+  rows, columns = token_coordinates(grid)
+  one_hot = np.eye(grid + 1)
+  return np.concatenate([one_hot[rows], one_hot[columns]], axis=-1)
+
+
+class Attention(nnx.Module):
+  """Self-attention with 2-D relative position for keys and values.
+
+  With r_k[i,j] = rows[row(i), row(j)] + columns[col(i), col(j)], the product
+  q_i . r_k[i,j] picks entry row(j) of a short vector that depends on i alone,
+  plus entry col(j) of another: both vectors times the one-hot coordinates of
+  every j. In the same way, attention summed per row and per column of the
+  grid is all that sum_j attn_ij r_v[i,j] needs. This costs O(N sqrt(N) K)
+  beside the attention itself, and nothing but matrix products.
+  """
+
+  def __init__(
+    self,
+    embed_dim: int,
+    num_heads: int,
+    head_dim: int,
+    grid: int,
+    max_distance: int,
+    *,
+    std: float,
+    rngs: nnx.Rngs,
+  ):
+    self.grid = grid
+    self.max_distance = max_distance
+    shape, axes = (embed_dim, num_heads, head_dim), ('embed', 'heads', None)
+    self.query = _normal(rngs, std, shape, axes)
+    self.key = _normal(rngs, std, shape, axes)
+    self.value = _normal(rngs, std, shape, axes)
+    # A subnet of H heads reads rows [0,H) for queries, [H,2H) for keys and
+    # [2H,3H) for values: the reference's rule, without which an imported
+    # supernet would not give its logits.
+    self.bias = nnx.Param(
+      jnp.zeros((3 * num_heads, head_dim)), axes=('heads3', None)
+    )
+    self.position_key = RelativePosition(
+      head_dim, max_distance, std=std, rngs=rngs
+    )
+    self.position_value = RelativePosition(
+      head_dim, max_distance, std=std, rngs=rngs
+    )
+    self.out = _normal(
+      rngs,
+      std,
+      (num_heads, head_dim, embed_dim),
+      ('heads', None, 'embed'),
+    )
+    self.out_bias = nnx.Param(jnp.zeros(embed_dim), axes=('embed',))
+
+  def __call__(
+    self,
+    x_BND: Float[Array, 'B N D'],
+    num_heads: Int[Array, ''] | None = None,
+  ) -> Float[Array, 'B N D']:
+    """Attends; heads beyond `num_heads` (all live if None) give nothing."""
+    dtype = x_BND.dtype
+    batch, tokens, width = x_BND.shape
+    _, H, K = self.query.shape
+    live = H if num_heads is None else num_heads
+    bias_3HK = self.bias[jnp.arange(3)[:, None] * live + jnp.arange(H)]
+    x = x_BND.reshape(batch * tokens, width)
+
+    def project(kernel, bias_HK):
+      y = _dense(x, kernel.reshape(width, H * K), bias_HK.reshape(H * K))
+      return y.reshape(batch, tokens, H, K).swapaxes(1, 2)
+
+    q_BHNK = project(self.query.get_value(), bias_3HK[0])
+    k_BHNK = project(self.key.get_value(), bias_3HK[1])
+    v_BHNK = project(self.value.get_value(), bias_3HK[2])
+    coordinates_NG = jnp.asarray(_one_hot_coordinates(self.grid), dtype)
+
+    q_near = jnp.einsum(
+      'bhnk,ngk->bhng', q_BHNK, self._seen_vectors(self.position_key, dtype)
+    )
+    logits = jnp.einsum('bhnk,bhmk->bhnm', q_BHNK, k_BHNK)
+    logits += jnp.einsum('bhng,mg->bhnm', q_near, coordinates_NG)
+    attention = jax.nn.softmax(logits.astype(jnp.float32) * K**-0.5).astype(
+      dtype
+    )
+    near = jnp.einsum('bhnm,mg->bhng', attention, coordinates_NG)
+    out = jnp.einsum('bhnm,bhmk->bhnk', attention, v_BHNK)
+    out += jnp.einsum(
+      'bhng,ngk->bhnk', near, self._seen_vectors(self.position_value, dtype)
+    )
+    if num_heads is not None:
+      out *= prefix_mask(num_heads, H)[:, None, None].astype(dtype)
+    out = _dense(
+      out.swapaxes(1, 2).reshape(batch * tokens, H * K),
+      self.out.get_value().reshape(H * K, width),
+      self.out_bias.get_value(),
+    )
+    return out.reshape(batch, tokens, width)
+
+  def _seen_vectors(self, position: RelativePosition, dtype):
+    """For each query token, the vectors of every key row, then column."""
+    index = distance_index(self.grid, self.max_distance)
+    rows, columns = token_coordinates(self.grid)
+    return jnp.concatenate(
+      [
+        position.rows.get_value()[index[rows]],
+        position.columns.get_value()[index[columns]],
+      ],
+      axis=1,
+    ).astype(dtype)
+
+
+def _gelu(x: Array) -> Array:
+  """The exact GELU by erf, as in PyTorch; XLA's erfc costs twice as much."""
+  return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
+
+
+class Mlp(nnx.Module):
+  """Two dense layers around an exact GELU."""
+
+  def __init__(
+    self, embed_dim: int, mlp_dim: int, *, std: float, rngs: nnx.Rngs
+  ):
+    self.up = _normal(rngs, std, (embed_dim, mlp_dim), ('embed', 'mlp'))
+    self.up_bias = nnx.Param(jnp.zeros(mlp_dim), axes=('mlp',))
+    self.down = _normal(rngs, std, (mlp_dim, embed_dim), ('mlp', 'embed'))
+    self.down_bias = nnx.Param(jnp.zeros(embed_dim), axes=('embed',))
+
+  def __call__(
+    self,
+    x_BND: Float[Array, 'B N D'],
+    mlp_dim: Int[Array, ''] | None = None,
+  ) -> Float[Array, 'B N D']:
+    """Hidden features beyond `mlp_dim` (all live if None) give nothing."""
+    batch, tokens, width = x_BND.shape
+    x = x_BND.reshape(batch * tokens, width)
+    hidden = _dense(x, self.up.get_value(), self.up_bias.get_value())
+    hidden = _gelu(hidden)
+    if mlp_dim is not None:
+      hidden *= prefix_mask(mlp_dim, hidden.shape[-1]).astype(x.dtype)
+    out = _dense(hidden, self.down.get_value(), self.down_bias.get_value())
+    return out.reshape(batch, tokens, width)
+
+
+class Block(nnx.Module):
+  """A pre-norm transformer layer: two branches that a residual stream adds."""
+
+  def __init__(
+    self,
+    embed_dim: int,
+    num_heads: int,
+    mlp_dim: int,
+    head_dim: int,
+    grid: int,
+    max_distance: int,
+    *,
+    std: float,
+    rngs: nnx.Rngs,
+  ):
+    self.attention_norm = LayerNorm(embed_dim)
+    self.attention = Attention(
+      embed_dim, num_heads, head_dim, grid, max_distance, std=std, rngs=rngs
+    )
+    self.mlp_norm = LayerNorm(embed_dim)
+    self.mlp = Mlp(embed_dim, mlp_dim, std=std, rngs=rngs)
+
+  def branches(self) -> tuple[tuple[LayerNorm, Attention | Mlp], ...]:
+    """What the residual stream adds, in order: a norm and a part of each."""
+    return (self.attention_norm, self.attention), (self.mlp_norm, self.mlp)
+
+  def __call__(self, x_BND: Float[Array, 'B N D']) -> Float[Array, 'B N D']:
+    for norm, part in self.branches():
+      x_BND = x_BND + part(norm(x_BND))
+    return x_BND
+
+
+def keep_branches(
+  key: jax.Array | None,
+  rate: float,
+  num_layers: int,
+  batch: int,
+  dtype: jax.typing.DTypeLike,
+) -> Float[Array, 'L 2 B 1 1'] | None:
+  """What drop path multiplies each branch of each example by; None for 1.
+
+  Layer i of L drops with probability linspace(0, rate, L)[i].
+  """
+  if key is None or rate == 0:
+    return None
+  keep_L = 1 - jnp.linspace(0, rate, num_layers)
+  keep = keep_L[:, None, None, None, None]
+  kept = jax.random.bernoulli(key, keep, (num_layers, 2, batch, 1, 1))
+  return (kept / keep).astype(dtype)
+
+
+class Stem(nnx.Module):
+  """Images to tokens: patch embedding, class token first, positions added."""
+
+  def __init__(
+    self,
+    embed_dim: int,
+    grid: int,
+    patch_size: int,
+    channels: int,
+    *,
+    std: float,
+    rngs: nnx.Rngs,
+  ):
+    self.patch_size = patch_size
+    inputs = channels * patch_size**2
+    bound = 1 / math.sqrt(inputs)
+
+    def uniform(shape, axes):
+      values = jax.random.uniform(rngs.params(), shape, minval=-1, maxval=1)
+      return nnx.Param(bound * values, axes=axes)
+
+    self.kernel = uniform((inputs, embed_dim), (None, 'embed'))
+    self.bias = uniform((embed_dim,), ('embed',))
+    self.class_token = _normal(rngs, std, (embed_dim,), ('embed',))
+    self.position = _normal(
+      rngs, std, (grid**2 + 1, embed_dim), (None, 'embed')
+    )
+
+  def __call__(
+    self, images_BHWC: Float[Array, 'B height width C']
+  ) -> Float[Array, 'B N D']:
+    batch, height, width, channels = images_BHWC.shape
+    p = self.patch_size
+    patches = images_BHWC.reshape(
+      batch, height // p, p, width // p, p, channels
+    )
+    patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(
+      batch, -1, p * p * channels
+    )
+    x = _dense(patches, self.kernel.get_value(), self.bias.get_value())
+    token = jnp.broadcast_to(
+      self.class_token.astype(x.dtype), (batch, 1, x.shape[-1])
+    )
+    x = jnp.concatenate([token, x], axis=1)
+    return x + self.position.astype(x.dtype)
+
+
+class Head(nnx.Module):
+  """Tokens to logits: final norm, pooling, a dense layer."""
+
+  def __init__(
+    self,
+    embed_dim: int,
+    num_classes: int,
+    pool: str,
+    *,
+    std: float,
+    rngs: nnx.Rngs,
+  ):
+    self.pool = pool
+    self.norm = LayerNorm(embed_dim)
+    self.kernel = _normal(rngs, std, (embed_dim, num_classes), ('embed', None))
+    self.bias = nnx.Param(jnp.zeros(num_classes), axes=(None,))
+
+  def __call__(
+    self,
+    x_BND: Float[Array, 'B N D'],
+    mask_D: Float[Array, 'D'] | None = None,
+  ) -> Float[Array, 'B C']:
+    """Logits in float32, from the mean of the patches or the class token."""
+    x = self.norm(x_BND, mask_D).astype(jnp.float32)
+    pooled = jnp.mean(x[:, 1:], axis=1) if self.pool == 'mean' else x[:, 0]
+    return _dense(pooled, self.kernel.get_value(), self.bias.get_value())

@@ -1,0 +1,339 @@
+"""The supernet: every subnet of a space in one set of parameters.
+
+A subnet uses the first E features, the first H heads, the first int(E * ratio)
+MLP features of each of the first d layers. Two ways to run it:
+
+`masked` computes with all parameters and cancels what the subnet lacks with
+prefix masks. The architecture may differ from group to group of a batch, at
+the cost of the largest subnet.
+
+`switched` computes with the live slices alone: a step costs what its subnet
+costs, in one compiled program with a branch for each choice.
+
+Letters: `B` batch, `N` tokens, `D` width, `C` classes, `L` layers, `S`
+architectures of one batch.
+"""
+
+import functools
+from typing import Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from focusformer_jax import sharding
+from focusformer_jax.models import layers
+from focusformer_jax.spaces import search_space
+
+EXECUTIONS = ('masked', 'switched')
+
+
+class Supernet(nnx.Module):
+  """Stem, stacked blocks and head in their largest sizes.
+
+  Args:
+    space: the choices.
+    geometry: images and classes.
+    pool: 'mean' over patches, or 'cls'.
+    drop_path: probability that the last layer's branches are dropped for an
+      example; layer i of L drops with probability linspace(0, drop_path, L)[i].
+    dtype: of the computation; parameters stay float32.
+    execution: 'masked' or 'switched'.
+    init_std: of the normal distribution that all matrices, tables, positions
+      and the class token start from; the reference's is 0.02.
+    rngs: seeds of the initial parameters.
+  """
+
+  def __init__(
+    self,
+    space: search_space.SearchSpace,
+    geometry: search_space.Geometry,
+    *,
+    pool: Literal['mean', 'cls'] = 'mean',
+    drop_path: float = 0.0,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    execution: str = 'masked',
+    init_std: float = 0.02,
+    rngs: nnx.Rngs,
+  ):
+    self.space = space
+    self.geometry = geometry
+    self.drop_path = drop_path
+    self.dtype = jnp.dtype(dtype)
+    self.execution = execution
+    embed_dim = space.embed_dim[-1]
+    self.stem = layers.Stem(
+      embed_dim,
+      geometry.grid,
+      geometry.patch_size,
+      geometry.channels,
+      std=init_std,
+      rngs=rngs,
+    )
+
+    @nnx.vmap
+    def blocks(rngs: nnx.Rngs) -> layers.Block:
+      return layers.Block(
+        embed_dim,
+        space.num_heads[-1],
+        int(space.mlp_dims.max()),
+        space.head_dim,
+        geometry.grid,
+        geometry.max_relative_position,
+        std=init_std,
+        rngs=rngs,
+      )
+
+    self.blocks = blocks(rngs.split(space.num_layers))
+    self.head = layers.Head(
+      embed_dim, geometry.num_classes, pool, std=init_std, rngs=rngs
+    )
+
+  def __call__(
+    self,
+    images_BHWC: Float[Array, 'B height width C'],
+    arch: search_space.Architecture,
+    key: jax.Array | None = None,
+  ) -> Float[Array, 'B C']:
+    """Logits of the subnet `arch`, which may be traced.
+
+    Args:
+      images_BHWC: normalized images.
+      arch: one architecture.
+      key: seeds drop path; None switches it off, as in evaluation.
+    """
+    return self._run(
+      images_BHWC, arch, self._keep_branches(key, len(images_BHWC))
+    )
+
+  def grouped(
+    self,
+    images_BHWC: Float[Array, 'B height width C'],
+    archs: search_space.Architecture,
+    key: jax.Array | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+  ) -> Float[Array, 'B C']:
+    """Logits of S subnets: the batch is S equal parts, one for each in order.
+
+    Under a mesh every device runs its own subnets on its own images: no
+    collective stands inside a layer, nor inside a branch that another device
+    does not take. Sharded parameters are gathered before, their gradients
+    scattered after; those of whole parameters meet in one all-reduce. S has to
+    divide the devices, or they S.
+
+    Args:
+      images_BHWC: normalized images; S divides B.
+      archs: a batch of S architectures.
+      key: seeds drop path, alike on every mesh; None switches it off.
+      mesh: of axes `data` and `fsdp` that the images are sharded over.
+    """
+    keep = self._keep_branches(key, len(images_BHWC))
+    if mesh is None or mesh.size == 1:
+      return self._run_groups(images_BHWC, archs, keep)
+
+    axes = tuple(mesh.axis_names)
+    devices, S = mesh.size, archs.depth.shape[0]
+    mine = max(S // devices, 1)
+    specs = jax.tree.map(
+      lambda placed: placed.spec, sharding.shardings(mesh, self)
+    )
+
+    def local(supernet, images_BHWC, archs, keep):
+      supernet = jax.tree.map(sharding.gather, supernet, specs)
+      first = jax.lax.axis_index(axes) * S // devices
+      archs = jax.tree.map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, mine), archs
+      )
+      return supernet._run_groups(images_BHWC, archs, keep)
+
+    batch = PartitionSpec(axes)
+    return jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=(
+        specs,
+        batch,
+        PartitionSpec(),
+        PartitionSpec(None, None, axes),
+      ),
+      out_specs=batch,
+      # Unchecked, gradients are summed here and not where a parameter is used,
+      # which may be a branch; jax 0.12 cannot check the exact GELU either.
+      check_vma=False,
+    )(self, images_BHWC, archs, keep)
+
+  def _run_groups(self, images_BHWC, archs, keep):
+    S, B = archs.depth.shape[0], len(images_BHWC)
+    groups = images_BHWC.reshape(S, B // S, *images_BHWC.shape[1:])
+    if keep is not None:
+      keep = keep.reshape(*keep.shape[:2], S, B // S, 1, 1)
+    if S == 1:
+      # Without a batch of one: XLA does not see through it.
+      arch = jax.tree.map(lambda leaf: leaf[0], archs)
+      keep = None if keep is None else keep[:, :, 0]
+      return self._run(groups[0], arch, keep)
+    if self.execution == 'masked':
+      logits = jax.vmap(self._run, (0, 0, 2))(groups, archs, keep)
+    else:
+      # Under `vmap` a switch runs every branch, so the groups take turns.
+      keep = None if keep is None else jnp.moveaxis(keep, 2, 0)
+      logits = jax.lax.map(
+        lambda group: self._run(*group), (groups, archs, keep)
+      )
+    return logits.reshape(B, -1)
+
+  def _run(self, images_BHWC, arch, keep):
+    x_BND = self.stem(images_BHWC.astype(self.dtype))
+    depth = jnp.asarray(self.space.depth)[arch.depth]
+    scanned = (
+      self.blocks,
+      jnp.arange(self.space.num_layers) < depth,
+      (arch.num_heads, arch.mlp_ratio),
+      keep,
+    )
+    run = {'masked': self._masked, 'switched': self._switched}[self.execution]
+    return run(x_BND, arch.embed_dim, scanned)
+
+  def _keep_branches(self, key, batch) -> Float[Array, 'L 2 B 1 1'] | None:
+    return layers.keep_branches(
+      key, self.drop_path, self.space.num_layers, batch, self.dtype
+    )
+
+  def _masked(self, x_BND, embed, scanned):
+    space = self.space
+    width = jnp.asarray(space.embed_dim)[embed]
+    mask_D = layers.prefix_mask(width, x_BND.shape[-1])
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def run(branch, x, live):
+      norm, part = branch
+      return part(norm(x, mask_D), live)
+
+    def layer(x, scanned):
+      block, alive, picks, keep = scanned
+      for i, (_, sizes) in enumerate(branch_sizes(space)):
+        live = jnp.asarray(sizes)[embed, picks[i]]
+        scale = alive.astype(x.dtype) * (1 if keep is None else keep[i])
+        x = x + scale * run(block.branches()[i], x, live)
+      return x, None
+
+    x_BND, _ = jax.lax.scan(layer, x_BND, scanned)
+    return self.head(x_BND, mask_D)
+
+  def _switched(self, x_BND, embed, scanned):
+    space, D = self.space, x_BND.shape[-1]
+
+    def sliced(sizes):
+      """A branch of a layer in one of its sizes; the other features stay 0."""
+
+      def run(branch, x):
+        norm, part = layers.take(branch, sizes)
+        y = part(norm(x[..., : sizes['embed']]))
+        return jnp.pad(y, ((0, 0), (0, 0), (0, D - y.shape[-1])))
+
+      return run
+
+    def dead(branch, x):
+      return jnp.zeros_like(x)
+
+    cases = [
+      [dead]
+      + [
+        sliced({'embed': width, name: int(size)})
+        for width, row in zip(space.embed_dim, sizes, strict=True)
+        for size in row
+      ]
+      for name, sizes in branch_sizes(space)
+    ]
+
+    def layer(x, scanned):
+      block, alive, picks, keep = scanned
+      for i, (_, sizes) in enumerate(branch_sizes(space)):
+        case = jnp.where(alive, 1 + embed * sizes.shape[1] + picks[i], 0)
+        y = _switch(case, cases[i], block.branches()[i], x)
+        x = x + (y if keep is None else keep[i] * y)
+      return x, None
+
+    x_BND, _ = jax.lax.scan(layer, x_BND, scanned)
+    width = jnp.asarray(space.embed_dim)[embed]
+    return self.head(x_BND, layers.prefix_mask(width, D))
+
+
+def branch_sizes(
+  space: search_space.SearchSpace,
+) -> tuple[tuple[str, Int[np.ndarray, 'widths choices']], ...]:
+  """What the architecture picks for each branch of a layer, in their order.
+
+  A name for `layers.take`, and the size by index of width and choice.
+  """
+  heads = np.tile(space.num_heads, (len(space.embed_dim), 1))
+  return ('heads', heads), ('mlp', space.mlp_dims)
+
+
+def _switch(index, branches, *operands):
+  """`jax.lax.switch` that keeps its operands alone for the backward pass.
+
+  The branch runs again there. Differentiated as it is, `jax.lax.switch` stores
+  what every one of its branches needs, zeros for those not taken.
+  """
+
+  @jax.custom_vjp
+  def run(index, *operands):
+    return jax.lax.switch(index, branches, *operands)
+
+  def forward(index, *operands):
+    return run(index, *operands), (index, operands)
+
+  def pull(branch):
+    return lambda operands, gradient: jax.vjp(branch, *operands)[1](gradient)
+
+  def backward(residuals, gradient):
+    index, operands = residuals
+    pulls = [pull(branch) for branch in branches]
+    return None, *jax.lax.switch(index, pulls, operands, gradient)
+
+  run.defvjp(forward, backward)
+  return run(index, *operands)
+
+
+def choose_execution(
+  platform: str, groups: int, relative_cost: float
+) -> Literal['masked', 'switched']:
+  """The execution that `config.supernet.execution = 'auto'` stands for.
+
+  On a CPU slices won wherever we measured (docs/results.md), with one subnet
+  a step and with eight. On accelerators we could compile but not measure. The
+  rule there is reasoned: subnets that share a device run one after another
+  when switched but as one batch when masked; and a switch must have something
+  to save.
+
+  Args:
+    platform: 'cpu', 'gpu' or 'tpu'.
+    groups: subnets that one device runs in a step.
+    relative_cost: MACs of the middle subnet, of those of the largest.
+  """
+  if platform == 'cpu' or (groups == 1 and relative_cost < 0.75):
+    return 'switched'
+  return 'masked'
+
+
+def sizes(
+  space: search_space.SearchSpace, arch: search_space.Architecture
+) -> tuple[int, list[dict[str, int]]]:
+  """Width of a concrete subnet and, per live layer, the sizes for `take`."""
+  e = int(arch.embed_dim)
+  width = space.embed_dim[e]
+  depth = space.depth[int(arch.depth)]
+  picks = np.stack([arch.num_heads, arch.mlp_ratio], axis=1)[:depth]
+  per_layer = [
+    {'embed': width}
+    | {
+      name: int(sizes[e, pick])
+      for (name, sizes), pick in zip(branch_sizes(space), row, strict=True)
+    }
+    for row in picks
+  ]
+  return width, per_layer

@@ -1,0 +1,188 @@
+"""A subnet on its own: a plain vision transformer cut out of the supernet.
+
+Letters: `B` batch, `C` classes.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+import safetensors.numpy
+
+from focusformer_jax import atomic_files
+from focusformer_jax import errors
+from focusformer_jax.models import layers
+from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.spaces import search_space
+
+WEIGHTS = 'model.safetensors'
+DESCRIPTION = 'architecture.json'
+
+
+class VisionTransformer(nnx.Module):
+  """A dense network that knows nothing of search: stem, blocks, head."""
+
+  def __init__(
+    self,
+    stem: layers.Stem,
+    blocks: list[layers.Block],
+    head: layers.Head,
+    geometry: search_space.Geometry,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+  ):
+    self.stem = stem
+    self.blocks = nnx.List(blocks)
+    self.head = head
+    self.geometry = geometry
+    self.dtype = jnp.dtype(dtype)
+
+  def __call__(
+    self, images_BHWC: Float[Array, 'B height width C']
+  ) -> Float[Array, 'B C']:
+    """Logits of normalized images."""
+    x_BND = self.stem(images_BHWC.astype(self.dtype))
+    for block in self.blocks:
+      x_BND = block(x_BND)
+    return self.head(x_BND)
+
+
+def extract(
+  supernet: supernet_lib.Supernet, arch: search_space.Architecture
+) -> VisionTransformer:
+  """Slices a concrete architecture, with its weights, out of the supernet."""
+  width, per_layer = supernet_lib.sizes(supernet.space, arch)
+  blocks = [
+    layers.take(jax.tree.map(lambda leaf: leaf[i], supernet.blocks), size)  # noqa: B023 (used at once)
+    for i, size in enumerate(per_layer)
+  ]
+  return VisionTransformer(
+    layers.take(supernet.stem, {'embed': width}),
+    blocks,
+    layers.take(supernet.head, {'embed': width}),
+    supernet.geometry,
+    supernet.dtype,
+  )
+
+
+def create(
+  architecture: dict[str, Any],
+  geometry: search_space.Geometry,
+  *,
+  head_dim: int = 64,
+  pool: str = 'mean',
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  init_std: float = 0.02,
+  rngs: nnx.Rngs,
+) -> VisionTransformer:
+  """A new network.
+
+  Args:
+    architecture: as `SearchSpace.to_json` writes it, of any space.
+    geometry: images and classes.
+    head_dim: channels of an attention head.
+    pool: 'mean' over patches, or 'cls'.
+    dtype: of the computation; parameters are float32.
+    init_std: as the supernet's.
+    rngs: seeds of the initial parameters.
+  """
+  width = architecture['embed_dim']
+  choices = zip(
+    architecture['num_heads'], architecture['mlp_ratio'], strict=True
+  )
+  return VisionTransformer(
+    layers.Stem(
+      width,
+      geometry.grid,
+      geometry.patch_size,
+      geometry.channels,
+      std=init_std,
+      rngs=rngs,
+    ),
+    [
+      layers.Block(
+        width,
+        heads,
+        search_space.SearchSpace.mlp_dim(width, ratio),
+        head_dim,
+        geometry.grid,
+        geometry.max_relative_position,
+        std=init_std,
+        rngs=rngs,
+      )
+      for heads, ratio in choices
+    ],
+    layers.Head(width, geometry.num_classes, pool, std=init_std, rngs=rngs),
+    geometry,
+    dtype,
+  )
+
+
+def count_params(module: nnx.Module) -> int:
+  """Numbers held by all parameters of `module`."""
+  return sum(leaf.size for leaf in jax.tree.leaves(module))
+
+
+def save(
+  network: VisionTransformer,
+  architecture: dict[str, Any],
+  directory: epath.Path,
+) -> None:
+  """Writes `model.safetensors` and `architecture.json`, all that `load` needs.
+
+  Args:
+    network: float32 parameters.
+    architecture: its choices, as `SearchSpace.to_json` writes them.
+    directory: made where it is not there.
+  """
+  if jax.process_index() != 0:
+    return
+  arrays = {
+    name: np.asarray(param.get_value())
+    for name, param in layers.named_params(network).items()
+  }
+  description = architecture | {
+    'head_dim': network.blocks[0].attention.query.shape[-1],
+    'pool': network.head.pool,
+    'dtype': network.dtype.name,
+    'geometry': dataclasses.asdict(network.geometry),
+  }
+  atomic_files.write(directory / WEIGHTS, safetensors.numpy.save(arrays))
+  atomic_files.write(
+    directory / DESCRIPTION, json.dumps(description, indent=2) + '\n'
+  )
+
+
+def load(directory: epath.Path) -> tuple[VisionTransformer, dict[str, Any]]:
+  """The network that `save` wrote, and its description.
+
+  Raises:
+    UserError: a file is missing or unreadable, or the two do not fit.
+  """
+  try:
+    description = json.loads((directory / DESCRIPTION).read_text())
+    arrays = safetensors.numpy.load((directory / WEIGHTS).read_bytes())
+    geometry = search_space.Geometry(**description['geometry'])
+    options = {key: description[key] for key in ('head_dim', 'pool', 'dtype')}
+    network = jax.eval_shape(
+      lambda: create(description, geometry, **options, rngs=nnx.Rngs(0))
+    )
+  except Exception as error:  # JSON, safetensors and our own: one of many.
+    raise errors.UserError(
+      f'{directory}: wanted {DESCRIPTION} and {WEIGHTS} of a network, found '
+      f'{errors.first_line(error)}; write them with --mode=extract'
+    ) from error
+
+  for name, param in layers.named_params(network).items():
+    found = arrays[name].shape if name in arrays else 'nothing'
+    if found != param.shape:
+      raise errors.UserError(
+        f'{directory / WEIGHTS}: wanted {name} of shape {param.shape}, found '
+        f'{found}; write it with --mode=extract'
+      )
+  return layers.replace_params(network, arrays), description

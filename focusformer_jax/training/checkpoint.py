@@ -1,0 +1,283 @@
+"""Checkpoints: one value that holds all a resumed run needs.
+
+The only module that imports Orbax. A checkpoint is the training state under
+readable names, and beside it the position in every stream of batches and the
+facts (seed, data, space, geometry) that decide whether it fits a run at all:
+Orbax can half-load a checkpoint of another depth without an error, so these
+are compared first. Checksums of all arrays are compared last: the files have
+none of their own, and a changed bit in them would pass for a weight.
+"""
+
+import asyncio
+from collections.abc import Mapping
+import contextlib
+import json
+import secrets
+from typing import Any, TypeVar
+import zlib
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jaxtyping import Array, UInt32
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from focusformer_jax import errors
+from focusformer_jax.data import batches as batches_lib
+
+Tree = TypeVar('Tree')
+
+
+def claim(workdir: epath.Path) -> None:
+  """Makes the working directory if need be.
+
+  Raises:
+    UserError: it cannot be written, or the processes do not share it.
+  """
+  number = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31)))
+  probe, problem = workdir / f'.probe_{number}', None
+  if jax.process_index() == 0:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      probe.write_text('')
+    except OSError as error:
+      problem = error
+  multihost_utils.sync_global_devices('probe is written')
+  shared = multihost_utils.process_allgather(np.array(probe.exists())).all()
+  if problem:
+    raise errors.UserError(
+      f'--workdir: wanted a directory that can be written, found {workdir} '
+      f'({problem.strerror or errors.first_line(problem)})'
+    ) from problem
+  if jax.process_index() == 0:
+    probe.unlink()
+  if not shared:
+    raise errors.UserError(
+      f'--workdir: wanted a place that all {jax.process_count()} processes '
+      f'share, such as a bucket, found {workdir}, which some do not see'
+    )
+
+
+def wait_for_all(name: str) -> None:
+  """Waits for all processes, up to an hour; once under each name.
+
+  Collectives on CPUs give up after half a minute, and processes may compile
+  for longer than that, or find a program in the cache that others do not.
+  """
+  if jax.process_count() > 1:
+    barrier = ocp.multihost.sync_global_processes(
+      name, operation_id='focusformer_jax', timeout=3600
+    )
+    asyncio.run(barrier)
+
+
+def _named(tree) -> dict[str, Any]:
+  """Leaves by readable name, such as `supernet.blocks.mlp.up`."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.').removesuffix(
+      '.value'
+    ): leaf
+    for path, leaf in leaves
+  }
+
+
+def _abstract(leaf) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> UInt32[Array, 'A']:
+  """A number for each array that changes with any of its bits.
+
+  The sum of its numbers, read as whole ones and times odd weights, modulo 2^32:
+  the same however an array is sharded.
+  """
+
+  def checksum(array):
+    if array.dtype == bool:
+      array = array.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(array, f'uint{8 * array.itemsize}')
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(array.ndim)):
+      iota = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+      place += iota * np.uint32(stride)
+      stride *= array.shape[axis]
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+  return jnp.stack([checksum(array) for array in arrays])
+
+
+def _checked(named: Mapping[str, jax.Array]) -> dict[str, int]:
+  """The checksum of each array by name."""
+  checksums = _checksums(list(named.values())).tolist()
+  return dict(zip(named, checksums, strict=True))
+
+
+def _crc32(notes) -> int:
+  return zlib.crc32(json.dumps(notes, sort_keys=True).encode())
+
+
+class Checkpoints:
+  """The checkpoints of one working directory.
+
+  Args:
+    directory: of the checkpoints; made when the first is saved.
+    facts: JSON values that a checkpoint must share with this run.
+    keep: how many of the newest stay on disk.
+    tidy: whether to remove what a killed run has left half written; only for
+      the one that writes.
+  """
+
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    facts: Mapping[str, Any],
+    keep: int = 2,
+    *,
+    tidy: bool = False,
+  ):
+    self.directory = epath.Path(directory).resolve()
+    self._facts = json.loads(json.dumps(facts))
+    self._orbax = ocp.training.Checkpointer(
+      self.directory,
+      # Whether to save is decided by the training loop alone.
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
+        1
+      ),
+      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      cleanup_tmp_directories=tidy,
+    )
+
+  @property
+  def latest_step(self) -> int | None:
+    latest = self._orbax.latest
+    return None if latest is None else latest.step
+
+  @property
+  def newest(self) -> str:
+    """The newest checkpoint in words."""
+    step = self.latest_step
+    return 'none' if step is None else str(self.directory / str(step))
+
+  def save(
+    self, step: int, state: Tree, streams: Mapping[str, batches_lib.Batches]
+  ) -> None:
+    """Starts to write a checkpoint in the background; call before `next`.
+
+    Raises:
+      UserError: this one, or the one before, cannot be written.
+    """
+    if step == self.latest_step:
+      return
+    named = _named(state)
+    notes = {
+      'facts': self._facts,
+      'positions': {name: stream.position for name, stream in streams.items()},
+      'checksums': _checked(named),
+    }
+    with self._writing():
+      self._orbax.save_checkpointables_async(
+        step,
+        {'state': named},
+        custom_metadata={'notes': notes, 'crc32': _crc32(notes)},
+      )
+
+  def wait(self) -> None:
+    """Returns when the checkpoint in hand is written.
+
+    Raises:
+      UserError: it cannot be.
+    """
+    with self._writing():
+      self._orbax.wait()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *exception) -> None:
+    """Waits for the checkpoint in hand, also when training was interrupted."""
+    with self._writing():
+      self._orbax.close()
+
+  @contextlib.contextmanager
+  def _writing(self):
+    try:
+      yield
+    except Exception as error:  # Orbax raises anything on a full disk.
+      self._orbax.reload()
+      raise errors.UserError(
+        f'--workdir: wanted to write a checkpoint to {self.directory}, found '
+        f'{errors.first_line(error)}; make room there or use another (the last '
+        f'good checkpoint is {self.newest})'
+      ) from error
+
+  def restore(
+    self,
+    state: Tree,
+    streams: Mapping[str, batches_lib.Batches] | None = None,
+    step: int | None = None,
+  ) -> Tree:
+    """The newest checkpoint, with the structure and shardings of `state`.
+
+    Args:
+      state: what to restore, or only a part of what was saved.
+      streams: set to where they were.
+      step: another checkpoint than the newest.
+
+    Raises:
+      UserError: there is none, it is of another run, or cannot be read.
+    """
+    step = self.latest_step if step is None else step
+    if step is None:
+      raise errors.UserError(
+        f'--workdir: wanted a checkpoint in {self.directory}, found none; run '
+        '--mode=train first'
+      )
+    wanted = _named(state)
+    try:
+      metadata = self._orbax.metadata(step)
+      saved, beside = metadata.metadata, metadata.custom_metadata or {}
+    except Exception as error:  # Orbax raises anything on a broken file.
+      raise self._unreadable(step, errors.first_line(error)) from error
+    notes = beside.get('notes')
+    if saved is None or beside.get('crc32') != _crc32(notes):
+      raise self._unreadable(step, 'other notes than were saved')
+    self._compare(step, notes['facts'])
+    for name, leaf in wanted.items():
+      if name not in saved or tuple(saved[name].shape) != leaf.shape:
+        there = saved[name].shape if name in saved else 'nothing'
+        raise errors.UserError(
+          f'{self.directory / str(step)}: wanted {name} of shape {leaf.shape}, '
+          f'found {there}; use another --workdir'
+        )
+    try:
+      loaded = self._orbax.load_checkpointables(
+        step, {'state': {k: _abstract(v) for k, v in wanted.items()}}
+      )
+    except Exception as error:
+      raise self._unreadable(step, errors.first_line(error)) from error
+    found = {name: loaded['state'][name] for name in wanted}
+    for name, checksum in _checked(found).items():
+      if checksum != notes['checksums'].get(name):
+        raise self._unreadable(step, f'another {name} than was saved')
+    for name, batches in (streams or {}).items():
+      batches.position = notes['positions'][name]
+    return jax.tree.unflatten(jax.tree.structure(state), list(found.values()))
+
+  def _unreadable(self, step: int, found: str) -> errors.UserError:
+    return errors.UserError(
+      f'{self.directory / str(step)}: wanted a readable checkpoint, found '
+      f'{found}; remove that directory to fall back on an older one'
+    )
+
+  def _compare(self, step: int, found: Mapping[str, Any]) -> None:
+    for name, wanted in self._facts.items():
+      if found.get(name) != wanted:
+        raise errors.UserError(
+          f'{self.directory / str(step)}: wanted a checkpoint with '
+          f'config.{name}={wanted}, found {found.get(name)}; change that key '
+          'or use another --workdir'
+        )

@@ -1,0 +1,301 @@
+"""One run's fixed parts, made from its settings: what steps close over."""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+from etils import epath
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from focusformer_jax import config as config_lib
+from focusformer_jax import errors
+from focusformer_jax import sharding
+from focusformer_jax.data import datasets
+from focusformer_jax.models import autoformer
+from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.sampler import conditional
+from focusformer_jax.sampler import cost_bins
+from focusformer_jax.sampler import policy as policy_lib
+from focusformer_jax.spaces import cost
+from focusformer_jax.spaces import latency_table
+from focusformer_jax.spaces import search_space
+from focusformer_jax.training import curricula
+from focusformer_jax.training import optim
+from focusformer_jax.training import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+  """Settings, data set and everything that follows from the two."""
+
+  settings: config_lib.Settings
+  dataset: datasets.Dataset
+  mesh: jax.sharding.Mesh
+
+  @property
+  def space(self) -> search_space.SearchSpace:
+    return self.settings.space
+
+  @property
+  def recipe(self) -> config_lib.Augment:
+    """What happens on the device: encoded images arrive cropped."""
+    recipe = self.settings.augment
+    if self.dataset.encoded:
+      return dataclasses.replace(recipe, resized_crop=None)
+    return recipe
+
+  @functools.cached_property
+  def geometry(self) -> search_space.Geometry:
+    try:
+      return search_space.Geometry(
+        image_size=self.settings.data.image_size,
+        patch_size=self.settings.supernet.patch_size,
+        channels=self.dataset.channels,
+        num_classes=self.dataset.num_classes,
+        max_relative_position=self.settings.supernet.max_relative_position,
+      )
+    except ValueError as error:
+      raise errors.UserError(f'config.supernet.{error}') from error
+
+  @functools.cached_property
+  def tables(self) -> dict[str, cost.CostTable]:
+    """Every cost that tables and reports show, by name."""
+    try:
+      tables = {
+        'macs': cost.macs(self.space, self.geometry),
+        'params': cost.params(self.space, self.geometry),
+      }
+    except ValueError as error:
+      raise errors.UserError(
+        f'config.space: wanted costs that can be counted, found {error}'
+      ) from error
+    measured = self.settings.sampler.latency
+    if measured is not None:
+      tables['latency'] = latency_table.read(
+        epath.Path(measured), self.latency_facts
+      )
+    return tables
+
+  @property
+  def latency_facts(self) -> dict[str, Any]:
+    """What a latency table is of, and must agree with."""
+    return {
+      'batch_size': self.settings.profile.batch_size,
+      'dtype': self.settings.supernet.dtype,
+      'space': dataclasses.asdict(self.space),
+      'geometry': dataclasses.asdict(self.geometry),
+    }
+
+  @functools.cached_property
+  def cost_bins(self) -> cost_bins.CostBins:
+    """The cost that budgets bound."""
+    sampler = self.settings.sampler
+    try:
+      return cost_bins.CostBins(self.tables[sampler.cost], sampler.bins)
+    except ValueError as error:
+      raise errors.UserError(f'config.sampler.{error}') from error
+
+  @property
+  def search_budgets(self) -> tuple[int, ...]:
+    """The configured budgets, or six that span the range evenly in its log.
+
+    The lowest default leaves 20% above the smallest subnet: room for a choice.
+    """
+    table, configured = self.cost_bins.table, self.settings.search.budgets
+    if configured:
+      return tuple(int(b) for b in sorted(configured))
+    low = min(1.2 * table.minimum, table.maximum)
+    return tuple(int(b) for b in np.geomspace(low, table.maximum, 6).round())
+
+  @functools.cached_property
+  def extract_architecture(self) -> search_space.Architecture | None:
+    """What `config.extract.architecture` describes; None if it is empty."""
+    if not self.settings.extract.architecture:
+      return None
+    path = epath.Path(self.settings.extract.architecture)
+    try:
+      values = json.loads(path.read_text())
+      if isinstance(values, dict):  # Files of networks say more than that.
+        names = search_space.Architecture._fields
+        values = {name: values[name] for name in names if name in values}
+      return self.space.from_json(values)
+    except (OSError, ValueError) as error:
+      raise errors.UserError(
+        f'config.extract.architecture: {path}: {errors.first_line(error)}'
+      ) from error
+
+  @functools.cached_property
+  def execution(self) -> str:
+    """How the supernet runs: as configured, or what suits the devices."""
+    if self.settings.supernet.execution != 'auto':
+      return self.settings.supernet.execution
+    macs, space = self.tables['macs'], self.space
+    return supernet_lib.choose_execution(
+      self.mesh.devices.flat[0].platform,
+      max(1, self.settings.curriculum.subnets // self.mesh.size),
+      macs.of(space.middle()) / macs.of(space.largest()),
+    )
+
+  @functools.cached_property
+  def draw(self) -> curricula.Draw:
+    return curricula.make(self.settings, self.space, self.cost_bins)
+
+  @functools.cached_property
+  def optimizer(self):
+    return optim.supernet_optimizer(
+      self.settings.optimizer,
+      self.settings.train.steps,
+      self.settings.data.batch_size,
+    )
+
+  @functools.cached_property
+  def policy_optimizer(self):
+    return optim.policy_optimizer(self.settings.sampler)
+
+  @property
+  def _seed(self) -> np.uint32:
+    return np.uint32(self.settings.seed)
+
+  def _init(self, seed: jax.Array) -> state_lib.TrainState:
+    supernet, policy = self.settings.supernet, self.settings.sampler
+
+    def rngs(part: int) -> nnx.Rngs:
+      return nnx.Rngs(state_lib.stream_key(seed, state_lib.Stream.INIT, part))
+
+    net = supernet_lib.Supernet(
+      self.space,
+      self.geometry,
+      pool=supernet.pool,
+      drop_path=supernet.drop_path,
+      dtype=supernet.dtype,
+      execution=self.execution,
+      init_std=supernet.init_std,
+      rngs=rngs(0),
+    )
+    averaged = self.settings.optimizer.ema > 0
+    sampler = policy_lib.Policy(
+      self.space, policy.hidden, policy.frequencies, rngs=rngs(1)
+    )
+    return state_lib.TrainState(
+      step=jnp.int32(0),
+      seed=jnp.copy(seed),
+      supernet=net,
+      optimizer=self.optimizer.init(net),
+      # An array of its own: the state is donated.
+      average=jax.tree.map(jnp.copy, net) if averaged else None,
+      policy=sampler,
+      policy_optimizer=self.policy_optimizer.init(sampler),
+      trained=conditional.architecture_weights(self.space),
+      gigamacs=jnp.float32(0),
+    )
+
+  @functools.cached_property
+  def abstract_state(self) -> state_lib.TrainState:
+    """Shapes, dtypes and shardings of the state, without values."""
+    abstract = jax.eval_shape(self._init, self._seed)
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      abstract,
+      sharding.shardings(self.mesh, abstract),
+    )
+
+  def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a batch of `datasets.Batch`."""
+    size, channels = self.geometry.image_size, self.geometry.channels
+    placed = jax.sharding.NamedSharding(self.mesh, sharding.BATCH)
+    return {
+      name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=placed)
+      for name, shape, dtype in (
+        ('image', (size, size, channels), jnp.uint8),
+        ('label', (), jnp.int32),
+        ('weight', (), jnp.float32),
+      )
+    }
+
+  def init_state(self) -> state_lib.TrainState:
+    """A new state, born with the shardings that the mesh asks for.
+
+    Raises:
+      UserError: `config.train.initial` cannot be read or does not fit.
+    """
+    placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+    state = jax.jit(self._init, out_shardings=placed)(self._seed)
+    initial = self.settings.train.initial
+    if not initial:
+      return state
+    try:
+      weights = autoformer.read(epath.Path(initial))
+      net = autoformer.from_autoformer(weights, state.supernet)
+    except (errors.UserError, ValueError) as error:
+      raise errors.UserError(f'config.train.initial: {error}') from error
+    net = jax.device_put(net, placed.supernet)
+    averaged = state.average is not None
+    return state.replace(
+      supernet=net, average=jax.tree.map(jnp.copy, net) if averaged else None
+    )
+
+  def facts(self) -> dict[str, Any]:
+    """What a checkpoint must agree with, by config key."""
+    supernet, sampler = self.settings.supernet, self.settings.sampler
+    return {
+      'seed': self.settings.seed,
+      'data': self.dataset.contents,
+      'data.name': self.settings.data.name,
+      'data.image_size': self.settings.data.image_size,
+      'data.heldout': self.settings.data.heldout,
+      'space': dataclasses.asdict(self.space),
+      'supernet.patch_size': supernet.patch_size,
+      'supernet.max_relative_position': supernet.max_relative_position,
+      'supernet.pool': supernet.pool,
+      'sampler.hidden': sampler.hidden,
+      'sampler.frequencies': sampler.frequencies,
+      'optimizer.ema': self.settings.optimizer.ema > 0,
+      'optimizer.accumulate': self.settings.optimizer.accumulate > 1,
+    }
+
+
+def create(settings: config_lib.Settings, devices=None) -> Experiment:
+  """Opens the data set and checks that all settings fit together.
+
+  Raises:
+    UserError: from the data set, the mesh, a budget that no subnet of the
+      space can meet, or the architecture to extract.
+  """
+  mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices)
+  shards, subnets = mesh.size, settings.curriculum.subnets
+  if shards % subnets and subnets % shards:
+    raise errors.UserError(
+      f'config.curriculum.subnets: wanted a divisor or a multiple of the '
+      f'{shards} devices of the mesh, found {subnets}'
+    )
+  for key, size in (
+    ('data.batch_size', settings.data.batch_size),
+    ('data.eval_batch_size', settings.data.eval_batch_size),
+    ('sampler.batch_size', settings.sampler.batch_size),
+  ):
+    if size % shards:
+      raise errors.UserError(
+        f'config.{key}: wanted a multiple of the {shards} devices of the '
+        f'mesh, found {size}'
+      )
+  dataset = datasets.open_dataset(settings.data, settings.augment.resized_crop)
+  experiment = Experiment(settings, dataset, mesh)
+  table = experiment.cost_bins.table
+  wanted = [('search.budgets', b) for b in settings.search.budgets]
+  if settings.extract.budget:
+    wanted.append(('extract.budget', settings.extract.budget))
+  for key, budget in wanted:
+    if budget < table.minimum:
+      raise errors.UserError(
+        f'config.{key}: wanted at least {table.minimum:,} {table.label}, the '
+        f'smallest subnet (the largest has {table.maximum:,}), found '
+        f'{budget:,.10g}'
+      )
+  _ = experiment.extract_architecture  # Says what is wrong with it.
+  return experiment

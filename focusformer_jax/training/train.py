@@ -1,0 +1,237 @@
+"""Training of supernet and sampler: the loop, in paragraphs."""
+
+import collections
+import dataclasses
+from importlib import metadata
+import json
+import platform
+
+from absl import logging
+from clu import parameter_overview
+from etils import epath
+import jax
+
+from focusformer_jax import atomic_files
+from focusformer_jax import sharding
+from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.data import datasets
+from focusformer_jax.training import checkpoint
+from focusformer_jax.training import curricula
+from focusformer_jax.training import evaluate
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import loop
+from focusformer_jax.training import state as state_lib
+from focusformer_jax.training import steps
+
+CHECKPOINTS = 'checkpoints'
+
+
+# Those whose versions a run notes down.
+LIBRARIES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'numpy',
+  'tensorflow-datasets',
+)
+
+
+def open_checkpoints(
+  experiment: experiment_lib.Experiment,
+  workdir: epath.Path,
+  *,
+  tidy: bool = False,
+) -> checkpoint.Checkpoints:
+  return checkpoint.Checkpoints(
+    workdir / CHECKPOINTS,
+    experiment.facts(),
+    experiment.settings.train.keep_checkpoints,
+    tidy=tidy,
+  )
+
+
+def is_finished(
+  experiment: experiment_lib.Experiment, workdir: epath.Path
+) -> bool:
+  """Whether the last step's checkpoint is there."""
+  if not (workdir / CHECKPOINTS).exists():
+    return False
+  with open_checkpoints(experiment, workdir) as checkpoints:
+    latest = checkpoints.latest_step
+  return latest is not None and latest >= experiment.settings.train.steps
+
+
+def open_streams(
+  experiment: experiment_lib.Experiment,
+) -> dict[str, batches_lib.Batches]:
+  """Batches from one part of train, and for the sampler from the other."""
+  settings = experiment.settings
+  process = jax.process_index(), jax.process_count()
+  return {
+    'train': batches_lib.train_batches(
+      experiment.dataset.split('train'),
+      settings.data.batch_size,
+      settings.seed,
+      *process,
+      repeats=settings.data.repeats,
+      workers=settings.data.workers,
+    ),
+    'heldout': batches_lib.train_batches(
+      experiment.dataset.split('heldout'),
+      settings.sampler.batch_size,
+      settings.seed,
+      *process,
+    ),
+  }
+
+
+def train(
+  experiment: experiment_lib.Experiment,
+  evaluator: evaluate.Evaluator,
+  workdir: epath.Path,
+) -> state_lib.TrainState:
+  """Trains to the last step, resuming from the newest checkpoint if there is.
+
+  Raises:
+    UserError: the workdir cannot be written, the checkpoint is of another run,
+      the weights to start from do not fit, or too many updates in a row were
+      not finite.
+    FloatingPointError: with `config.debug.nans`, and names the operation.
+    loop.loop.Preempted: SIGTERM came; a checkpoint is written.
+  """
+  settings = experiment.settings
+  streams = open_streams(experiment)
+  heldout = experiment.dataset.split('heldout')
+  started = (workdir / CHECKPOINTS).exists()
+  state = None if started else experiment.init_state()
+  checkpoint.claim(workdir)
+
+  with (
+    open_checkpoints(experiment, workdir, tidy=True) as checkpoints,
+    jax.debug_nans(settings.debug.nans),
+  ):
+    # loop.loop.State: the newest checkpoint if there is one, else born sharded.
+    if checkpoints.latest_step is None:
+      state = state or experiment.init_state()
+      _log_overview(experiment, state)
+    else:
+      state = checkpoints.restore(experiment.abstract_state, streams)
+      logging.info('resuming %s at step %d', workdir, int(state.step))
+    describe_run(experiment, workdir)
+
+    # Two programs own the state; the evaluator's only look at it. Where the
+    # supernet does not learn, every step is the sampler's and one program does.
+    total, warmup = settings.train.steps, curricula.warmup_steps(settings)
+    heldout_batch = experiment.abstract_batch(settings.sampler.batch_size)
+    scores = curricula.wants_scores(settings)
+    if settings.train.supernet:
+      source, step_of = 'train', steps.supernet_step
+      batch = experiment.abstract_batch(settings.data.batch_size)
+      if scores:
+        batch['heldout'] = heldout_batch
+    else:
+      source, step_of, scores = 'heldout', steps.frozen_step, False
+      batch, warmup = heldout_batch, total
+    train_step = loop.compile_step(experiment, step_of, state, batch)
+    if warmup < total:
+      sampler_step = loop.compile_step(
+        experiment, steps.sampler_step, state, heldout_batch
+      )
+
+    def next_batch(name):
+      return sharding.put_batch(experiment.mesh, next(streams[name]))
+
+    def update(step, state):
+      batch = next_batch(source)
+      if scores:
+        batch['heldout'] = next_batch('heldout')
+      state, metrics = train_step(state, batch)
+      if step > warmup and step % settings.sampler.every == 0:
+        state, sampled = sampler_step(state, next_batch('heldout'))
+        metrics |= sampled
+      return state, metrics
+
+    return loop.loop(
+      settings.train,
+      state,
+      update,
+      lambda state: _look(experiment, evaluator, state, heldout),
+      checkpoints,
+      streams,
+      workdir / 'metrics',
+    )
+
+
+def describe_run(
+  experiment: experiment_lib.Experiment, workdir: epath.Path
+) -> None:
+  """Writes what is run, and on what, for the report."""
+  if jax.process_index() != 0:
+    return
+  devices = collections.Counter(d.device_kind for d in jax.devices())
+  environment = {
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'devices': dict(devices),
+    'processes': jax.process_count(),
+    'versions': {name: metadata.version(name) for name in LIBRARIES},
+  }
+  for name, value in (
+    ('config', dataclasses.asdict(experiment.settings)),
+    ('environment', environment),
+  ):
+    text = json.dumps(value, indent=2) + '\n'
+    atomic_files.write(workdir / f'{name}.json', text)
+
+
+def _log_overview(experiment, state):
+  """What is about to be trained, once."""
+  table = experiment.tables['macs']
+  logging.info(
+    '%.3g subnets from %.4g to %.4g MACs, %s; a step of the largest takes '
+    '%.4g GFLOP',
+    experiment.space.num_architectures,
+    table.minimum,
+    table.maximum,
+    experiment.execution,
+    6e-9 * table.maximum * experiment.settings.data.batch_size,
+  )
+  for name in ('supernet', 'policy'):
+    parameter_overview.log_parameter_overview(
+      _values(getattr(state, name)), include_stats=False, msg=name
+    )
+
+
+def _values(module) -> dict:
+  """Parameters by name, for the overview."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(module)
+  return {
+    jax.tree_util.keystr(path[:-1], simple=True, separator='.'): leaf
+    for path, leaf in leaves
+  }
+
+
+def _look(
+  experiment: experiment_lib.Experiment,
+  evaluator: evaluate.Evaluator,
+  state: state_lib.TrainState,
+  heldout: datasets.Source,
+) -> dict[str, float]:
+  """Held-out scores of each budget's proposal, and how sure the sampler is."""
+  table, budgets = experiment.cost_bins.table, experiment.search_budgets
+  proposals = evaluator.propose(state.policy, budgets)
+  scores = evaluator.score(state.scored, [p.arch for p in proposals], heldout)
+  metrics = {}
+  for budget, proposal, score in zip(budgets, proposals, scores, strict=True):
+    name = f'budget_{budget}'
+    metrics |= {
+      f'{name}/heldout_loss': score.loss,
+      f'{name}/heldout_accuracy': score.accuracy,
+      f'{name}/entropy': float(proposal.entropy),
+      f'{name}/mass_within_1%': float(proposal.mass_near),
+      f'{name}/cost': float(table.of(proposal.arch)),
+    }
+  return metrics
