@@ -142,6 +142,8 @@ def test_the_command_says_where_it_was_stopped(tmp_path):
   program = """
 import sys
 from absl import app
+from focusformer_jax import stages
+from focusformer_jax.training import loop
 import main
 
 def preempted(*args):

@@ -56,7 +56,7 @@ def search(
       state, experiment.dataset.split('heldout')
     )
   }
-  found, methods = [], {}
+  found, counted = [], {}
   for method in options.method:
     before, start = scorer.counts, time.monotonic()
     answers = _ask(method, scorer, evaluator, state)
@@ -64,7 +64,7 @@ def search(
     seconds = time.monotonic() - start + spent.saved
     timing[f'{method}_seconds'] = seconds
     timing[f'{method}_seconds_per_budget'] = seconds / len(budgets)
-    methods[method] = {'evaluations': spent.evaluations, 'new': spent.new}
+    counted[method] = {'evaluations': spent.evaluations, 'new': spent.new}
     found += [
       (method, b, answer) for b, answer in zip(budgets, answers, strict=True)
     ]
@@ -90,7 +90,7 @@ def search(
     'seed': experiment.settings.seed,
     'checkpoint_step': int(state.step),
     'search': dataclasses.asdict(options),
-    'methods': methods,
+    'methods': counted,
     'budgets': [row for row in rows if row['method'] == first],
     'rivals': [row for row in rows if row['method'] != first],
   }

@@ -10,7 +10,7 @@ from focusformer_jax import errors
 from focusformer_jax.spaces import cost
 
 
-def latency(path: epath.Path, facts: dict[str, Any]) -> cost.CostTable:
+def read(path: epath.Path, facts: dict[str, Any]) -> cost.CostTable:
   """A table that `profile.py` measured, on this machine or another.
 
   It counts whole microseconds that one batch takes.

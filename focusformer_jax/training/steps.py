@@ -75,7 +75,7 @@ def supernet_step(
     if distillation.loss == 'none':
       return loss
     teacher_BC = run(largest)
-    diverge = distillation.divergence(
+    diverge = distillation_lib.divergence(
       distillation.loss, distillation.temperature
     )
     loss *= 1 - distillation.weight
