@@ -182,7 +182,7 @@ def test_penalty_and_exact_agree_where_no_budget_binds(tfds_dir):
       attention_EH=np.zeros_like(table.attention_EH),
       mlp_ER=np.zeros_like(table.mlp_ER),
     )
-    experiment.__dict__['budgets'] = cost_bins.CostBins(flat)
+    experiment.__dict__['cost_bins'] = cost_bins.CostBins(flat)
     state, _ = one_step(
       experiment, first_batches(experiment, 1)[0], steps.sampler_step
     )

@@ -121,7 +121,7 @@ def export(
   )
   (directory / 'flatbuffers.zip').write_bytes(_flatbuffers())
   (directory / 'predict.py').write_text(
-    pathlib.Path(__file__).with_name('predict.py').read_text()
+    pathlib.Path(__file__).with_name('predict_template.py').read_text()
   )
   accuracy = {
     split: _accuracy(experiment, artifact, split)

@@ -19,6 +19,7 @@ from focusformer_jax.sampler import policy as policy_lib
 from focusformer_jax.sampler import rewards
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import curricula
+from focusformer_jax.training import distillation as distillation_lib
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import optim
 from focusformer_jax.training import state as state_lib
