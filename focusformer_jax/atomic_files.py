@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes, and JSON files."""
 
 import json
 from typing import Any
@@ -9,9 +9,9 @@ from focusformer_jax import errors
 
 
 def write(path: epath.Path, content: str | bytes) -> None:
-  """Writes a file, and its folder if need be, in one go.
+  """Writes a file in one go, and creates its folder if need be.
 
-  A process that is killed on the way leaves what was there before.
+  If the process is killed meanwhile, the old content stays.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.parent / f'.{path.name}.part'
@@ -19,6 +19,11 @@ def write(path: epath.Path, content: str | bytes) -> None:
     content = content.encode()
   part.write_bytes(content)
   part.replace(path)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+  """Writes a JSON value as an indented text file, in one go."""
+  write(path, json.dumps(value, indent=2) + '\n')
 
 
 def read_json(path: epath.Path) -> Any:

@@ -429,9 +429,7 @@ def report(workdir: epath.Path) -> str:
   text = table(found['results'])
   for name, png in plots.items():
     atomic_files.write(workdir / 'report' / f'{name}.png', png)
-  atomic_files.write(
-    workdir / 'report' / 'report.json', json.dumps(found, indent=2) + '\n'
-  )
+  atomic_files.write_json(workdir / 'report' / 'report.json', found)
   atomic_files.write(workdir / 'pareto.png', plots['pareto'])
   atomic_files.write(workdir / 'table.txt', text + '\n')
   atomic_files.write(workdir / 'report.html', _page(found, plots))

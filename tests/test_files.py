@@ -9,7 +9,7 @@ from focusformer_jax import errors
 
 def test_a_file_is_there_whole_or_as_before(tmp_path):
   path = epath.Path(tmp_path) / 'folder' / 'value.json'
-  atomic_files.write(path, '{"a": 1}')
+  atomic_files.write_json(path, {'a': 1})
   assert atomic_files.read_json(path) == {'a': 1}
   limit = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))

@@ -22,6 +22,7 @@ from jax import export as jax_export
 import jax.numpy as jnp
 import numpy as np
 
+from focusformer_jax import atomic_files
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax.data import augment
@@ -116,8 +117,8 @@ def export(
     onnx = (directory / 'model.onnx').read_bytes()
     compare('model.onnx', _run_onnx(onnx, images), ONNX_TOLERANCE)
 
-  (directory / 'preprocessing.json').write_text(
-    json.dumps(_preprocessing(experiment), indent=2) + '\n'
+  atomic_files.write_json(
+    directory / 'preprocessing.json', _preprocessing(experiment)
   )
   (directory / 'flatbuffers.zip').write_bytes(_flatbuffers())
   (directory / 'predict.py').write_text(

@@ -7,7 +7,6 @@ in the same rounds, tell how well it predicts.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 import re
 from typing import Any
 
@@ -162,7 +161,7 @@ def _write_table(experiment, entries, workdir) -> epath.Path:
   words = f'latency {name} b{settings.batch_size} {facts["dtype"]}'
   file = re.sub('[^a-z0-9]+', '-', words.lower()) + '.json'
   path = workdir / 'profile' / file
-  _write(
+  atomic_files.write_json(
     path,
     {'device': name, 'jax': jax.__version__, 'repeats': settings.repeats}
     | facts
@@ -228,7 +227,7 @@ def _check(experiment, timed, path, workdir) -> str:
     'rank_correlation': float(rank),
     'networks': [dataclasses.asdict(t) for t in timed],
   }
-  _write(workdir / 'profile' / 'check.json', results)
+  atomic_files.write_json(workdir / 'profile' / 'check.json', results)
   return (
     f'{_compared(timed)}\n\n{len(random)} random networks: median absolute '
     f'error {error:.1%}, rank correlation {rank:.3f}\n'
@@ -297,7 +296,3 @@ def _decoded(
   budgets = experiment.search_budgets
   proposals = evaluate.Evaluator(experiment).propose(state.policy, budgets)
   return [(b, p.arch) for b, p in zip(budgets, proposals, strict=True)]
-
-
-def _write(path: epath.Path, values: dict[str, Any]) -> None:
-  atomic_files.write(path, json.dumps(values, indent=2) + '\n')

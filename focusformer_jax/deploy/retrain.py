@@ -13,7 +13,6 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import hashlib
-import json
 from typing import Any
 
 from absl import logging
@@ -422,9 +421,7 @@ def _write(experiment, network, description, accuracies, folder):
     'steps': settings.retrain.steps,
     'inherit': settings.retrain.inherit,
   } | accuracies
-  atomic_files.write(
-    folder / 'results.json', json.dumps(results, indent=2) + '\n'
-  )
+  atomic_files.write_json(folder / 'results.json', results)
   rows = [
     [split, *(f'{accuracies[f"{split}_accuracy_{when}"]:.2%}' for when in WHEN)]
     for split in SPLITS

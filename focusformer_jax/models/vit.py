@@ -153,9 +153,7 @@ def save(
     'geometry': dataclasses.asdict(network.geometry),
   }
   atomic_files.write(directory / WEIGHTS, safetensors.numpy.save(arrays))
-  atomic_files.write(
-    directory / DESCRIPTION, json.dumps(description, indent=2) + '\n'
-  )
+  atomic_files.write_json(directory / DESCRIPTION, description)
 
 
 def load(directory: epath.Path) -> tuple[VisionTransformer, dict[str, Any]]:

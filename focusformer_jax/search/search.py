@@ -7,7 +7,6 @@ the end, for the table.
 """
 
 import dataclasses
-import json
 import time
 from typing import Any
 
@@ -101,7 +100,7 @@ def search(
       (folder / 'policy.json', policy),
       (workdir / 'results.json', results),
     ):
-      atomic_files.write(path, json.dumps(value, indent=2) + '\n')
+      atomic_files.write_json(path, value)
 
 
 def _planned(options: config_lib.Search, budgets: int) -> int:

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 from importlib import metadata
-import json
 import platform
 
 from absl import logging
@@ -183,8 +182,7 @@ def describe_run(
     ('config', dataclasses.asdict(experiment.settings)),
     ('environment', environment),
   ):
-    text = json.dumps(value, indent=2) + '\n'
-    atomic_files.write(workdir / f'{name}.json', text)
+    atomic_files.write_json(workdir / f'{name}.json', value)
 
 
 def _log_overview(experiment, state):
