@@ -214,7 +214,7 @@ def test_predicts_in_an_environment_of_jax_and_pillow(job, tmp_path):
       '-c',
       'import sys, numpy, predict\n'
       'predict.main(sys.argv[1:])\n'
-      'numpy.save("logits.npy", predict_template.logits(sys.argv[1:]))',
+      'numpy.save("logits.npy", predict.logits(sys.argv[1:]))',
       *map(str, sorted(tmp_path.glob('*.png'))),
     ],
     cwd=there,
