@@ -4,14 +4,12 @@ import functools
 import operator
 import os
 import pathlib
-import sys
 
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 # Compiling costs more than running here, so let LLVM do less of it.
 os.environ['XLA_FLAGS'] = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 )
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from absl import flags
 from flax import nnx

@@ -74,7 +74,8 @@ class Supernet(nnx.Module):
       rngs=rngs,
     )
 
-    @nnx.vmap
+    # Modules are plain pytrees here: no shared references, no mutation.
+    @nnx.vmap(graph=False, graph_updates=False)
     def blocks(rngs: nnx.Rngs) -> layers.Block:
       return layers.Block(
         embed_dim,
