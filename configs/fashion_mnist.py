@@ -6,7 +6,7 @@
 TFDS downloads it; without a network, `benchmarks/stage_fashion_mnist.py` makes
 the same data set out of Debian's package. On two CPU cores 26 epochs take about
 35 minutes, and the search a few more; a JAX device for each core makes a step
-1.4 times as fast. Ours came to 88.3% at the largest budget (docs/results.md).
+1.4 times as fast. Ours came to 88.3% at the largest budget (docs/results/).
 
 `fashion_mnist.py:smoke` is the same job in a few steps, for tests.
 """

@@ -11,9 +11,8 @@ Not run by us at full length, so no accuracy and no duration of ours stands
 here. For the three spaces AutoFormer's paper reports 74.7%, 81.7% and 82.4%;
 of FocusFormer-Ti, -S and -B, ShiftNAS (ICCV 2023) quotes 75.1%, 81.6% and
 81.9%. Every size fits on a v5e with 128 images a chip, by the TPU compiler
-(docs/results.md). 500 epochs of 1.15 million images at 1.3 GMACs are 4.5 EFLOP
-for `tiny`: 2.4 hours of a v5e-8 at a third of its peak of 8 x 197 TFLOP/s, if
-nothing else limits it; reading 67,000 images a second very likely does.
+(docs/results/tpu-compilation.md). 500 epochs of `tiny` on a v5e-8 would take
+about 170 hours by the compiler's estimates (docs/cloud_tpu.md).
 """
 
 import ml_collections

@@ -305,7 +305,7 @@ def choose_execution(
 ) -> Literal['masked', 'switched']:
   """The execution that `config.supernet.execution = 'auto'` stands for.
 
-  On a CPU slices won wherever we measured (docs/results.md), with one subnet
+  On a CPU slices won wherever we measured (docs/results/), with one subnet
   a step and with eight. On accelerators we could compile but not measure. The
   rule there is reasoned: subnets that share a device run one after another
   when switched but as one batch when masked; and a switch must have something
