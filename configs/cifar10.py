@@ -2,7 +2,7 @@
 
   python main.py --config=configs/cifar10.py --workdir=/tmp/ff
 
-Not run by us at full length.
+We have never run it at full length, so we state neither accuracy nor run time.
 """
 
 import ml_collections
@@ -12,8 +12,7 @@ from configs import cifar100
 
 def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
   c = cifar100.get_config(variant)
-  with c.unlocked():
-    c.data.name = 'cifar10'
-    c.augment.mean = (0.4914, 0.4822, 0.4465)
-    c.augment.std = (0.2470, 0.2435, 0.2616)
+  c.data.name = 'cifar10'
+  c.augment.mean = (0.4914, 0.4822, 0.4465)
+  c.augment.std = (0.2470, 0.2435, 0.2616)
   return c

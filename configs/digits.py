@@ -1,21 +1,21 @@
-"""The embedded default: scikit-learn's digits, 8x8 pixels, no network needed.
+"""scikit-learn's digits, 8x8 pixels: the small job that needs no network.
 
   python main.py --config=configs/digits.py --workdir=workdir/digits
 
-About two minutes on two CPU cores.
-
-`digits.py:smoke` is the same job in a few steps, for tests.
+It takes about two minutes on two CPU cores. `digits.py:smoke` is the same job
+in a few steps, for tests.
 """
 
 import ml_collections
 
-from configs import default
+from configs import smoke
+from focusformer_jax import config as config_lib
 
 
 def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
-  c = default.get_config()
+  c = config_lib.default()  # The defaults are this job.
   if variant == 'smoke':
-    default.shorten(c)
+    smoke.shorten(c)
   elif variant != 'base':
-    raise ValueError(f'digits.py: wanted base or smoke, found {variant}')
+    raise ValueError(f'wanted base or smoke, found {variant}')
   return c.lock()

@@ -1,384 +1,672 @@
-"""The configuration as frozen dataclasses that refuse nonsense.
+"""Every key of the configuration: its type, default, meaning and range.
 
-Dicts stop here: `parse` turns the ConfigDict of a config file into `Settings`
-and names the key that is missing, unknown, of a wrong type or out of range.
-What each key is for stands beside its value in `configs/default.py`.
+The defaults are a small job on scikit-learn's digits (`configs/digits.py`).
+A config file takes `default()`, a `ConfigDict`, and changes what differs;
+`parse` turns it into `Settings` and names the key that is unknown, of a wrong
+type or out of range.
+
+`docs/configuration.md` is made from this file; see `config_docs.py`.
 """
 
+from collections.abc import Mapping
 import dataclasses
-import math
-import types
-import typing
 from typing import Any
 
 import ml_collections
 
-from focusformer_jax import errors
+from focusformer_jax import schema
 from focusformer_jax.spaces import search_space
 
+key = schema.key
+to_config_dict = schema.to_config_dict
 
-def _number(at_least=None, at_most=None, above=None):
-  return dataclasses.field(
-    metadata={'at_least': at_least, 'at_most': at_most, 'above': above}
+
+@dataclasses.dataclass(frozen=True)
+class Data(schema.Section):
+  """Data set, its splits, and batches."""
+
+  name: str = key(
+    'sklearn_digits',
+    'An image-classification data set of TFDS, or one of the built-in '
+    '`sklearn_digits` and `image_folder`.',
+  )
+  dir: str | None = key(
+    None,
+    "Directory of TFDS's data sets, or of the images of `image_folder`; None "
+    "for TFDS's default.",
+  )
+  image_size: int = key(
+    8, 'Height and width of an image, in pixels.', at_least=1
+  )
+  heldout: float = key(
+    0.1,
+    'Share of the train split that rewards the sampler and is never trained '
+    'on.',
+    at_least=0.01,
+    at_most=0.9,
+  )
+  test: str = key(
+    'test',
+    'Split for the final scores; nothing is selected by them.',
+  )
+  batch_size: int = key(
+    128, 'Images per supernet update, over all devices.', at_least=1
+  )
+  eval_batch_size: int = key(
+    128, 'Images per evaluation step, over all devices.', at_least=1
+  )
+  repeats: int = key(
+    1,
+    'Copies of each image in a batch, each with its own augmentation.',
+    at_least=1,
+  )
+  workers: int = key(
+    0,
+    'Processes that decode images; 0 decodes in threads, which is enough for '
+    'small images.',
+    at_least=0,
   )
 
 
-def _one_of(*choices):
-  return dataclasses.field(metadata={'choices': choices})
-
-
 @dataclasses.dataclass(frozen=True)
-class Data:
-  name: str
-  dir: str | None
-  image_size: int = _number(at_least=1)
-  heldout: float = _number(at_least=0.01, at_most=0.9)
-  test: str
-  batch_size: int = _number(at_least=1)
-  eval_batch_size: int = _number(at_least=1)
-  repeats: int = _number(at_least=1)
-  workers: int = _number(at_least=0)
+class Augment(schema.Section):
+  """Augmentation of training images, on the device.
 
-
-@dataclasses.dataclass(frozen=True)
-class Augment:
-  """Which augmentations to apply, and how much; `Augment()` only normalizes.
-
-  Args:
-    crop_padding: pixels of black around the image before a crop to its size.
-    resized_crop: smallest and largest share of the image's area that a random
-      crop keeps before it is stretched to the image's size; None for no crop.
-      Encoded images are cropped so while they are decoded, and None shows
-      their middle.
-    flip: mirror left and right, half of the time.
-    randaugment_layers: how many ops of `Op` are drawn for every image.
-    randaugment_magnitude: mean severity of an op, from 0 to 10.
-    randaugment_std: standard deviation of the severity.
-    erase: probability of replacing a box by normal noise.
-    mixup: both parameters of the beta distribution of the weights; 0 is off.
-    cutmix: the same, of the share of an image outside the box; 0 is off.
-    switch: probability of cutmix where mixup is on as well.
-    label_smoothing: probability mass spread evenly over all classes.
-    mean: what normalizing subtracts, in units of white, one or a channel.
-    std: what it divides by, likewise.
+  `Augment()` only scales pixels to the range from 0 to 1.
 
   Raises:
-    ValueError: a field is out of its range, or both crops are on.
+    ValueError: A field is out of its range, both crops are on, or mean and std
+      differ in length.
   """
 
-  crop_padding: int = 0
-  resized_crop: tuple[float, float] | None = None
-  flip: bool = False
-  randaugment_layers: int = 0
-  randaugment_magnitude: float = 9.0
-  randaugment_std: float = 0.5
-  erase: float = 0.0
-  mixup: float = 0.0
-  cutmix: float = 0.0
-  switch: float = 0.5
-  label_smoothing: float = 0.0
-  mean: tuple[float, ...] = (0.0,)
-  std: tuple[float, ...] = (1.0,)
-
-  def __post_init__(self):
-    def require(name: str, holds: bool, wanted: str):
-      if not holds:
-        found = getattr(self, name)
-        raise ValueError(f'{name}: wanted {wanted}, found {found!r}')
-
-    for name in ('crop_padding', 'randaugment_layers'):
-      value = getattr(self, name)
-      require(name, isinstance(value, int) and value >= 0, 'a whole number')
-    require('flip', isinstance(self.flip, bool), 'True or False')
-    if self.resized_crop is not None:
-      area = tuple(self.resized_crop)
-      require(
-        'resized_crop',
-        len(area) == 2 and 0 < area[0] <= area[1] <= 1,
-        'two ascending shares of the area',
-      )
-      require('crop_padding', self.crop_padding == 0, '0 with resized_crop')
-    require(
-      'randaugment_magnitude',
-      0 <= self.randaugment_magnitude <= 10,
-      'a number from 0 to 10',
-    )
-    for name in ('randaugment_std', 'mixup', 'cutmix'):
-      value = getattr(self, name)
-      require(name, 0 <= value < math.inf, 'a number of at least 0')
-    for name in ('erase', 'switch', 'label_smoothing'):
-      require(name, 0 <= getattr(self, name) <= 1, 'a number from 0 to 1')
-    require(
-      'mean',
-      len(self.mean) > 0 and all(0 <= m <= 1 for m in self.mean),
-      'numbers from 0 to 1',
-    )
-    require(
-      'std',
-      len(self.std) == len(self.mean) and all(s > 0 for s in self.std),
-      f'{len(self.mean)} positive numbers, one for each mean',
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Supernet:
-  patch_size: int = _number(at_least=1)
-  max_relative_position: int = _number(at_least=1)
-  pool: str = _one_of('mean', 'cls')
-  drop_path: float = _number(at_least=0, at_most=0.9)
-  dtype: str = _one_of('float32', 'bfloat16')
-  execution: str = _one_of('auto', 'masked', 'switched')
-  init_std: float = _number(above=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-  learning_rate: float = _number(above=0)
-  final_learning_rate: float = _number(at_least=0)
-  warmup_steps: int = _number(at_least=0)
-  weight_decay: float = _number(at_least=0)
-  clip_norm: float = _number(above=0)
-  reference_batch: int = _number(at_least=0)
-  accumulate: int = _number(at_least=1)
-  hold_untouched: bool
-  ema: float = _number(at_least=0, at_most=0.99999)
-
-
-@dataclasses.dataclass(frozen=True)
-class Distillation:
-  loss: str = _one_of('none', 'kl', 'alpha')
-  weight: float = _number(at_least=0, at_most=1)
-  temperature: float = _number(above=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Curriculum:
-  name: str = _one_of(
-    'uniform', 'uniform_cost', 'sandwich', 'attentive', 'focus'
+  crop_padding: int = key(
+    0,
+    'Pixels of black added to each side before a random crop to the original '
+    'size.',
+    at_least=0,
   )
-  subnets: int = _number(at_least=1)
-  warmup: float = _number(at_least=0, at_most=1)
-  epsilon: float = _number(at_least=0, at_most=1)
-  final_epsilon: float = _number(at_least=0, at_most=1)
-  candidates: int = _number(at_least=2)
-  keep: str = _one_of('best', 'worst')
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-  cost: str = _one_of('macs', 'params', 'latency')
-  latency: str | None
-  bins: int = _number(at_least=1)
-  hidden: tuple[int, ...]
-  frequencies: int = _number(at_least=0)
-  every: int = _number(at_least=1)
-  subnets: int = _number(at_least=2)
-  batch_size: int = _number(at_least=1)
-  reward: str = _one_of('loss', 'accuracy', 'mnasnet', 'pareto')
-  scale_rewards: bool
-  constraint: str = _one_of('exact', 'penalty')
-  penalty: float = _number(at_least=0)
-  unused: float = _number(at_least=0)
-  budgets: str = _one_of('log', 'linear')
-  budgets_per_update: int = _number(at_least=1)
-  entropy: float = _number(at_least=0)
-  final_entropy: float = _number(at_least=0)
-  learning_rate: float = _number(above=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Train:
-  initial: str
-  supernet: bool
-  steps: int = _number(at_least=1)
-  log_every: int = _number(at_least=1)
-  eval_every: int = _number(at_least=1)
-  checkpoint_every: int = _number(at_least=1)
-  keep_checkpoints: int = _number(at_least=1)
-  max_skipped: int = _number(at_least=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Search:
-  method: tuple[str, ...] = _one_of('sampler', 'evolution', 'nsga2', 'random')
-  budgets: tuple[float, ...]
-  draws: int = _number(at_least=0)
-  random: int = _number(at_least=1)
-  population: int = _number(at_least=2)
-  generations: int = _number(at_least=1)
-  parents: int = _number(at_least=1)
-  mutants: float = _number(at_least=0, at_most=1)
-  children: float = _number(at_least=0, at_most=1)
-  redraw_net: float = _number(at_least=0, at_most=1)
-  redraw_layer: float = _number(at_least=0, at_most=1)
-  subnets_per_call: int = _number(at_least=1)
+  resized_crop: tuple[float, float] | None = key(
+    None,
+    'Smallest and largest share of the area that a random crop keeps before it '
+    'is stretched to the image size; None for no crop. Encoded images are '
+    'cropped while they are decoded; with None, their center is used.',
+    above=0,
+    at_most=1,
+  )
+  flip: bool = key(False, 'Mirror images horizontally with probability 0.5.')
+  randaugment_layers: int = key(
+    0, 'RandAugment operations per image.', at_least=0
+  )
+  randaugment_magnitude: float = key(
+    9.0, 'Mean severity of an operation.', at_least=0, at_most=10
+  )
+  randaugment_std: float = key(
+    0.5, 'Standard deviation of the severity.', at_least=0
+  )
+  erase: float = key(
+    0.0,
+    'Probability of replacing a box with Gaussian noise.',
+    at_least=0,
+    at_most=1,
+  )
+  mixup: float = key(
+    0.0,
+    'Both parameters of the beta distribution of mixup weights; 0 turns mixup '
+    'off.',
+    at_least=0,
+  )
+  cutmix: float = key(
+    0.0,
+    'Both parameters of the beta distribution of the share of an image outside '
+    'the box; 0 turns cutmix off.',
+    at_least=0,
+  )
+  switch: float = key(
+    0.5,
+    'Probability of cutmix instead of mixup when both are on.',
+    at_least=0,
+    at_most=1,
+  )
+  label_smoothing: float = key(
+    0.0,
+    'Probability mass spread evenly over all classes.',
+    at_least=0,
+    at_most=1,
+  )
+  mean: tuple[float, ...] = key(
+    (0.0,),
+    'Mean that normalization subtracts, where white is 1: one number, or one '
+    'per channel.',
+    at_least=0,
+    at_most=1,
+  )
+  std: tuple[float, ...] = key(
+    (1.0,),
+    'Standard deviation that normalization divides by, where white is 1; as '
+    'many numbers as `mean`.',
+    above=0,
+  )
 
   def __post_init__(self):
+    super().__post_init__()
+    if self.resized_crop is not None:
+      if self.resized_crop[0] > self.resized_crop[1]:
+        raise ValueError(
+          f'resized_crop: wanted ascending numbers, found {self.resized_crop}'
+        )
+      if self.crop_padding:
+        raise ValueError(
+          f'crop_padding: wanted 0 with resized_crop, found {self.crop_padding}'
+        )
+    if not self.mean:
+      raise ValueError('mean: wanted one or more numbers, found ()')
+    if len(self.std) != len(self.mean):
+      raise ValueError(
+        f'std: wanted {len(self.mean)} numbers, one for each mean, found '
+        f'{self.std}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Supernet(schema.Section):
+  """The weight-sharing vision transformer."""
+
+  patch_size: int = key(
+    2, 'Height and width of a patch, in pixels.', at_least=1
+  )
+  max_relative_position: int = key(
+    14,
+    'Distance, in patches along one axis, beyond which relative positions are '
+    'not told apart; 14 in AutoFormer.',
+    at_least=1,
+  )
+  pool: str = key(
+    'mean',
+    'Input of the classifier: `mean` of the patches, or the `cls` token.',
+    choices=('mean', 'cls'),
+  )
+  drop_path: float = key(
+    0.0,
+    'Probability of dropping a branch of the last layer; it falls linearly to '
+    '0 at the first layer.',
+    at_least=0,
+    at_most=0.9,
+  )
+  dtype: str = key(
+    'float32',
+    'Type of the computation; parameters are always float32.',
+    choices=('float32', 'bfloat16'),
+  )
+  execution: str = key(
+    'auto',
+    '`masked` computes the largest subnet and masks features, `switched` '
+    'computes live slices only, and `auto` chooses by the devices.',
+    choices=('auto', 'masked', 'switched'),
+  )
+  init_std: float = key(
+    0.1,
+    'Standard deviation of the initial weights. 0.02 suits widths of several '
+    'hundred; narrow networks need more.',
+    above=0,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(schema.Section):
+  """AdamW with linear warm-up and cosine decay."""
+
+  learning_rate: float = key(4e-3, 'Peak learning rate.', above=0)
+  final_learning_rate: float = key(
+    1e-5, 'Learning rate at the end of the cosine.', at_least=0
+  )
+  warmup_steps: int = key(50, 'Updates of linear warm-up.', at_least=0)
+  weight_decay: float = key(
+    0.05,
+    'Weight decay of all parameters except one-dimensional ones, positions and '
+    'the class token.',
+    at_least=0,
+  )
+  clip_norm: float = key(
+    1.0, 'Norm to which larger gradients are scaled down.', above=0
+  )
+  reference_batch: int = key(
+    0,
+    'Batch size that the learning rates were tuned for; they are scaled '
+    'linearly to the actual batch size. 0: no scaling.',
+    at_least=0,
+  )
+  accumulate: int = key(
+    1, 'Steps whose gradients are averaged for one update.', at_least=1
+  )
+  hold_untouched: bool = key(
+    False,
+    'Leave weights unchanged in a step in which no subnet used them; '
+    'otherwise weight decay and momentum keep moving them.',
+  )
+  ema: float = key(
+    0.0,
+    'Decay of the moving average of the weights that is evaluated and '
+    'extracted; 0 for none. It starts lower, so that the initial weights are '
+    'forgotten soon.',
+    at_least=0,
+    at_most=0.99999,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation(schema.Section):
+  """In-place distillation from the largest subnet."""
+
+  loss: str = key(
+    'none',
+    'Loss between subnets and the largest subnet, which then trains in every '
+    'step: `none`, `kl`, or `alpha`, the adaptive alpha-divergence, which also '
+    'penalizes overconfidence.',
+    choices=('none', 'kl', 'alpha'),
+  )
+  weight: float = key(
+    1.0,
+    'Weight of this loss; the labels have the remaining weight.',
+    at_least=0,
+    at_most=1,
+  )
+  temperature: float = key(
+    1.0, 'Softmax temperature of teacher and student.', above=0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Curriculum(schema.Section):
+  """Choice of the subnets that train."""
+
+  name: str = key(
+    'focus',
+    '`focus` trains proposals of the sampler. `uniform` draws each choice '
+    'uniformly. `uniform_cost` draws a budget, then an architecture within it. '
+    '`sandwich` adds the smallest and the largest subnet. `attentive` keeps '
+    'one of several candidates by its held-out loss.',
+    choices=('uniform', 'uniform_cost', 'sandwich', 'attentive', 'focus'),
+  )
+  subnets: int = key(
+    4,
+    'Different subnets per update; they share the batch evenly.',
+    at_least=1,
+  )
+  warmup: float = key(
+    0.4,
+    'Share of all steps that draw uniformly before the sampler is used.',
+    at_least=0,
+    at_most=1,
+  )
+  epsilon: float = key(
+    0.2,
+    'Probability, right after the warm-up, of a uniform draw within the budget '
+    'instead of a proposal.',
+    at_least=0,
+    at_most=1,
+  )
+  final_epsilon: float = key(
+    0.2,
+    'The same probability at the last step; it changes linearly in between.',
+    at_least=0,
+    at_most=1,
+  )
+  candidates: int = key(
+    3, '`attentive`: candidates for each subnet.', at_least=2
+  )
+  keep: str = key(
+    'best',
+    '`attentive`: which candidate to train.',
+    choices=('best', 'worst'),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler(schema.Section):
+  """The policy that answers budgets, its rewards, and its learning."""
+
+  cost: str = key(
+    'macs',
+    'Cost that budgets bound; latency is in microseconds.',
+    choices=('macs', 'params', 'latency'),
+  )
+  latency: str | None = key(
+    None,
+    'File of measured latencies, written by `--mode=profile`; required for '
+    '`cost=latency`.',
+  )
+  bins: int = key(
+    512,
+    'Number of bins of the cost range; more bins waste less of a budget and '
+    'are slower.',
+    at_least=1,
+  )
+  hidden: tuple[int, ...] = key(
+    (64, 64), "Widths of the policy network's hidden layers.", at_least=1
+  )
+  frequencies: int = key(
+    4, 'Fourier features of the budget: number of frequencies.', at_least=0
+  )
+  every: int = key(10, 'Supernet updates per sampler update.', at_least=1)
+  subnets: int = key(
+    8,
+    'Subnets compared at one budget in a sampler update.',
+    at_least=2,
+  )
+  batch_size: int = key(
+    32, 'Held-out images on which they are compared.', at_least=1
+  )
+  reward: str = key(
+    'loss',
+    '`loss` is minus the cross-entropy, `mnasnet` combines accuracy and cost, '
+    'and `pareto` counts how few of the compared subnets are both better and '
+    'cheaper.',
+    choices=('loss', 'accuracy', 'mnasnet', 'pareto'),
+  )
+  scale_rewards: bool = key(
+    True,
+    'Divide advantages by the standard deviation of the compared rewards.',
+  )
+  constraint: str = key(
+    'exact',
+    '`exact` draws within the budget; `penalty` draws freely and loses reward '
+    'for exceeding it.',
+    choices=('exact', 'penalty'),
+  )
+  penalty: float = key(
+    1.0,
+    '`penalty`: reward lost when the cost exceeds the budget by 100%, '
+    'proportionally.',
+    at_least=0,
+  )
+  unused: float = key(
+    0.0,
+    'Reward lost for leaving the whole budget unused, proportionally.',
+    at_least=0,
+  )
+  budgets: str = key(
+    'log',
+    'Distribution of training budgets: uniform in the logarithm of the cost, '
+    'or in the cost.',
+    choices=('log', 'linear'),
+  )
+  budgets_per_update: int = key(1, 'Budgets per sampler update.', at_least=1)
+  entropy: float = key(
+    0.05,
+    "Weight of the policy's entropy in its objective right after the warm-up.",
+    at_least=0,
+  )
+  final_entropy: float = key(
+    0.05,
+    'The same weight at the last step; it changes linearly in between.',
+    at_least=0,
+  )
+  learning_rate: float = key(1e-2, "Adam's learning rate.", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(schema.Section):
+  """Supernet training: length, logs, checkpoints."""
+
+  initial: str = key(
+    '',
+    "Initial supernet weights: a .pth or .safetensors file with AutoFormer's "
+    'parameter names; empty for random weights.',
+  )
+  supernet: bool = key(
+    True,
+    'Train the supernet. False trains the sampler alone, on fixed weights.',
+  )
+  steps: int = key(
+    1200,
+    'Supernet updates, or sampler updates if the supernet is not trained.',
+    at_least=1,
+  )
+  log_every: int = key(100, 'Steps between lines of metrics.', at_least=1)
+  eval_every: int = key(
+    400,
+    "Steps between held-out evaluations of the sampler's proposals.",
+    at_least=1,
+  )
+  checkpoint_every: int = key(200, 'Steps between checkpoints.', at_least=1)
+  keep_checkpoints: int = key(
+    2, 'Number of newest checkpoints kept on disk.', at_least=1
+  )
+  max_skipped: int = key(
+    10,
+    'Consecutive non-finite updates, each of them skipped, that stop the run.',
+    at_least=1,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Search(schema.Section):
+  """Search for an architecture per budget; evolution as in AutoFormer."""
+
+  method: tuple[str, ...] = key(
+    ('sampler', 'random'),
+    'Methods to run; the largest network of the first one is extracted.',
+    choices=('sampler', 'evolution', 'nsga2', 'random'),
+  )
+  budgets: tuple[float, ...] = key(
+    (),
+    'Upper bounds on the cost, in units of `sampler.cost`; empty for six that '
+    'span the reachable range.',
+    above=0,
+  )
+  draws: int = key(
+    0,
+    '`sampler`: samples per budget that are evaluated beside the most probable '
+    'architecture.',
+    at_least=0,
+  )
+  random: int = key(16, '`random`: samples per budget.', at_least=1)
+  population: int = key(
+    50,
+    '`evolution` and `nsga2`: architectures per generation.',
+    at_least=2,
+  )
+  generations: int = key(
+    20,
+    '`evolution` and `nsga2`: number of generations, the random first one '
+    'included; `evolution` runs them for each budget.',
+    at_least=1,
+  )
+  parents: int = key(
+    10,
+    '`evolution`: best architectures so far from which the next generation is '
+    'made.',
+    at_least=1,
+  )
+  mutants: float = key(
+    0.5,
+    '`evolution`: share of mutated parents in a generation.',
+    at_least=0,
+    at_most=1,
+  )
+  children: float = key(
+    0.5,
+    '`evolution`: share of crossovers of two parents; the rest is drawn at '
+    'random.',
+    at_least=0,
+    at_most=1,
+  )
+  redraw_net: float = key(
+    0.4,
+    'Mutation probability of the depth, and of the width.',
+    at_least=0,
+    at_most=1,
+  )
+  redraw_layer: float = key(
+    0.2,
+    'Mutation probability of each choice of a layer.',
+    at_least=0,
+    at_most=1,
+  )
+  subnets_per_call: int = key(
+    8, 'Subnets that one compiled call evaluates.', at_least=1
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
     if not self.method or len(set(self.method)) < len(self.method):
       raise ValueError(
-        f'method: wanted one or more different ones, found {self.method}'
+        f'method: wanted one or more different names, found {self.method}'
       )
     if self.mutants + self.children > 1:
       raise ValueError(
-        f'children: wanted at most {1 - self.mutants:g}, what mutants leave, '
-        f'found {self.children}'
+        f'children: wanted at most {1 - self.mutants:g}, the share that '
+        f'search.mutants={self.mutants:g} leaves, found {self.children:g}'
       )
 
 
 @dataclasses.dataclass(frozen=True)
-class Profile:
-  batch_size: int = _number(at_least=1)
-  repeats: int = _number(at_least=1)
-  networks: int = _number(at_least=3)
+class Profile(schema.Section):
+  """Latency measurement, on one device."""
+
+  batch_size: int = key(
+    32, 'Images per batch whose latency is measured.', at_least=1
+  )
+  repeats: int = key(
+    50,
+    'Rounds, each of which times every network once; the median counts.',
+    at_least=1,
+  )
+  networks: int = key(
+    20, 'Random networks on which predictions are checked.', at_least=3
+  )
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrain:
-  network: str | None
-  inherit: bool
-  steps: int = _number(at_least=1)
-  eval_every: int = _number(at_least=1)
-  checkpoint_every: int = _number(at_least=1)
-  optimizer: Optimizer
+class Retrain(schema.Section):
+  """Training of an extracted network."""
+
+  network: str | None = key(
+    None,
+    'Directory of an extracted network; None for the one in this workdir.',
+  )
+  inherit: bool = key(
+    True, 'Start from its weights; otherwise from random ones.'
+  )
+  steps: int = key(600, 'Updates.', at_least=1)
+  eval_every: int = key(200, 'Steps between held-out evaluations.', at_least=1)
+  checkpoint_every: int = key(200, 'Steps between checkpoints.', at_least=1)
+  optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=20)
 
 
 @dataclasses.dataclass(frozen=True)
-class Extract:
-  budget: float = _number(at_least=0)
-  architecture: str
+class Extract(schema.Section):
+  """The network that is extracted."""
+
+  budget: float = key(
+    0.0,
+    "Upper bound on its cost, for the sampler's answer; 0 for the search's "
+    'result at the largest budget.',
+    at_least=0,
+  )
+  architecture: str = key(
+    '',
+    'File that describes the architecture, such as an `architecture.json`, '
+    "to extract instead of the sampler's answer; empty for none.",
+  )
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
-  data: int = _number(at_least=-1)
-  fsdp: int = _number(at_least=1)
+class Mesh(schema.Section):
+  """Arrangement of the devices."""
+
+  data: int = key(
+    -1,
+    'Devices along the axis that replicates parameters; -1 for all remaining.',
+    at_least=-1,
+  )
+  fsdp: int = key(
+    1, 'Devices along the axis that shards parameters.', at_least=1
+  )
 
 
 @dataclasses.dataclass(frozen=True)
-class Debug:
-  nans: bool
+class Debug(schema.Section):
+  """Aids for finding errors."""
+
+  nans: bool = key(
+    False, 'Stop at the first operation that yields a NaN; slow.'
+  )
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-  """One run, checked."""
-
-  seed: int = _number(at_least=0, at_most=2**32 - 1)
-  data: Data
-  augment: Augment
-  space: search_space.SearchSpace
-  supernet: Supernet
-  optimizer: Optimizer
-  distillation: Distillation
-  curriculum: Curriculum
-  sampler: Sampler
-  train: Train
-  search: Search
-  profile: Profile
-  retrain: Retrain
-  extract: Extract
-  mesh: Mesh
-  debug: Debug
-
-
-def parse(config: ml_collections.ConfigDict) -> Settings:
-  """Checks a config and freezes it.
+class Settings(schema.Section):
+  """A validated configuration; `Settings()` has every default.
 
   Raises:
-    UserError: names the key, what was wanted and what was found.
+    ValueError: Keys of different sections contradict each other.
   """
-  settings = _build(Settings, config.to_dict(), 'config')
-  if settings.data.batch_size % settings.curriculum.subnets:
-    raise errors.UserError(
-      f'config.curriculum.subnets: wanted a divisor of config.data.batch_size='
-      f'{settings.data.batch_size}, found {settings.curriculum.subnets}'
-    )
-  least = 2 if settings.distillation.loss == 'none' else 1
-  if settings.curriculum.name == 'sandwich' and (
-    settings.curriculum.subnets < least
-  ):
-    raise errors.UserError(
-      f'config.curriculum.subnets: wanted at least {least} for sandwich, found '
-      f'{settings.curriculum.subnets}'
-    )
-  if not (settings.train.supernet or settings.train.initial):
-    raise errors.UserError(
-      'config.train.initial: wanted weights for a supernet that does not learn '
-      '(config.train.supernet=False), found none'
-    )
-  if settings.data.batch_size % settings.data.repeats:
-    raise errors.UserError(
-      f'config.data.repeats: wanted a divisor of config.data.batch_size='
-      f'{settings.data.batch_size}, found {settings.data.repeats}'
-    )
-  if settings.sampler.cost == 'latency' and settings.sampler.latency is None:
-    raise errors.UserError(
-      'config.sampler.latency: wanted the table that --mode=profile measured, '
-      'for config.sampler.cost=latency, found None'
-    )
-  return settings
 
+  seed: int = key(
+    0, 'Seed of all random numbers.', at_least=0, at_most=2**32 - 1
+  )
+  data: Data = Data()
+  augment: Augment = Augment(mean=(0.5,), std=(0.5,))
+  space: search_space.SearchSpace = search_space.PIXELS8
+  supernet: Supernet = Supernet()
+  optimizer: Optimizer = Optimizer()
+  distillation: Distillation = Distillation()
+  curriculum: Curriculum = Curriculum()
+  sampler: Sampler = Sampler()
+  train: Train = Train()
+  search: Search = Search()
+  profile: Profile = Profile()
+  retrain: Retrain = Retrain()
+  extract: Extract = Extract()
+  mesh: Mesh = Mesh()
+  debug: Debug = Debug()
 
-def _build(cls, values: dict[str, Any], path: str):
-  """An instance of the dataclass `cls` from a plain dict."""
-  fields = {field.name: field for field in dataclasses.fields(cls)}
-  for name in values:
-    if name not in fields:
-      raise errors.UserError(
-        f'{path}.{name}: no such key; wanted one of {", ".join(fields)}'
+  def __post_init__(self):
+    super().__post_init__()
+    batch_size, subnets = self.data.batch_size, self.curriculum.subnets
+    if batch_size % subnets:
+      raise ValueError(
+        'curriculum.subnets: wanted a divisor of config.data.batch_size='
+        f'{batch_size}, found {subnets}'
       )
-  types_by_name = typing.get_type_hints(cls)
-  arguments = {}
-  for name, field in fields.items():
-    key = f'{path}.{name}'
-    if name not in values:
-      raise errors.UserError(f'{key}: wanted a value, found no such key')
-    wanted, value = types_by_name[name], values[name]
-    if dataclasses.is_dataclass(wanted):
-      if not isinstance(value, dict):
-        raise errors.UserError(f'{key}: wanted a section, found {value!r}')
-      arguments[name] = _build(wanted, value, key)
-    else:
-      arguments[name] = _check(key, wanted, field.metadata, value)
-  try:
-    return cls(**arguments)
-  except ValueError as error:
-    raise errors.UserError(f'{path}.{error}') from error
+    least = 2 if self.distillation.loss == 'none' else 1
+    if self.curriculum.name == 'sandwich' and subnets < least:
+      raise ValueError(
+        f'curriculum.subnets: wanted at least {least} for sandwich, found '
+        f'{subnets}'
+      )
+    if not (self.train.supernet or self.train.initial):
+      raise ValueError(
+        'train.initial: wanted a file of weights for a supernet that is not '
+        'trained (config.train.supernet=False), found none'
+      )
+    if batch_size % self.data.repeats:
+      raise ValueError(
+        'data.repeats: wanted a divisor of config.data.batch_size='
+        f'{batch_size}, found {self.data.repeats}'
+      )
+    if self.sampler.cost == 'latency' and self.sampler.latency is None:
+      raise ValueError(
+        'sampler.latency: wanted the table measured by --mode=profile, for '
+        'config.sampler.cost=latency, found None'
+      )
 
 
-def _check(key: str, wanted: Any, metadata, value: Any) -> Any:
-  """The value as the type `wanted`, within the bounds of `metadata`."""
-  name = getattr(wanted, '__name__', str(wanted))
-  if isinstance(wanted, types.UnionType):  # Always `something | None`.
-    if value is None:
-      return None
-    wanted = typing.get_args(wanted)[0]
-  if typing.get_origin(wanted) is tuple:
-    item = typing.get_args(wanted)[0]
-    if item is str and isinstance(value, str):
-      value = (value,)
-    if not isinstance(value, (tuple, list)):
-      raise errors.UserError(f'{key}: wanted a tuple, found {value!r}')
-    return tuple(_check(key, item, metadata, v) for v in value)
-  if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
-  if not isinstance(value, wanted) or (
-    isinstance(value, bool) and wanted is not bool
-  ):
-    raise errors.UserError(f'{key}: wanted {name}, found {value!r}')
-  if isinstance(value, float) and not math.isfinite(value):
-    raise errors.UserError(f'{key}: wanted a finite number, found {value}')
-  for bound, holds, words in (
-    ('at_least', lambda v, b: v >= b, 'at least'),
-    ('at_most', lambda v, b: v <= b, 'at most'),
-    ('above', lambda v, b: v > b, 'more than'),
-  ):
-    limit = metadata.get(bound)
-    if limit is not None and not holds(value, limit):
-      raise errors.UserError(f'{key}: wanted {words} {limit}, found {value}')
-  choices = metadata.get('choices')
-  if choices and value not in choices:
-    raise errors.UserError(
-      f'{key}: wanted one of {", ".join(choices)}, found {value!r}'
-    )
-  return value
+def default() -> ml_collections.ConfigDict:
+  """The defaults, for a config file to change."""
+  return to_config_dict(Settings())
+
+
+def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Settings:
+  """Checks a config and freezes it.
+
+  Args:
+    config: What a config file returns, or the contents of a run's
+      `config.json`; keys that are absent have their defaults.
+
+  Raises:
+    UserError: Names the key, the values that were wanted, and the value found.
+  """
+  if isinstance(config, ml_collections.ConfigDict):
+    config = config.to_dict()
+  return schema.replace(Settings(), config, 'config')

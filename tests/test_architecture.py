@@ -12,6 +12,7 @@ ORDER = (
   'errors',
   'atomic_files',
   'text_table',
+  'schema',
   'spaces',
   'config',
   'sharding',

@@ -22,7 +22,6 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from configs import default
 from configs import digits
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
@@ -67,7 +66,7 @@ def job(tmp_path_factory) -> Job:
   config = digits.get_config('smoke')
   with config.unlocked():
     config.data.dir = str(root / 'data')
-    config.space = default.section(TINY)
+    config.space = config_lib.to_config_dict(TINY)
     config.supernet.max_relative_position = GEOMETRY.max_relative_position
     config.optimizer.ema = 0.9
     config.train.initial = str(initial)

@@ -4,13 +4,14 @@ Letters: `L` layers of the supernet.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 import numpy as np
+
+from focusformer_jax import schema
 
 
 class Architecture(NamedTuple):
@@ -71,37 +72,45 @@ class Geometry:
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchSpace:
-  """The choices; a supernet has the largest of each.
+class SearchSpace(schema.Section):
+  """Choices of the subnets; the supernet has the largest of each.
 
-  Args:
-    embed_dim: token widths; one for the whole subnet.
-    depth: numbers of layers; the first ones live.
-    num_heads: attention heads, chosen per layer.
-    mlp_ratio: MLP width over token width, chosen per layer.
-    head_dim: channels of one attention head, the same everywhere.
+  Constants of `focusformer_jax/spaces/search_space.py` are ready-made spaces.
 
   Raises:
-    ValueError: choices that are empty, not positive or do not ascend.
+    ValueError: Choices are empty, not positive or not ascending.
   """
 
-  embed_dim: tuple[int, ...]
-  depth: tuple[int, ...]
-  num_heads: tuple[int, ...]
-  mlp_ratio: tuple[float, ...]
-  head_dim: int = 64
+  embed_dim: tuple[int, ...] = schema.key(
+    schema.REQUIRED,
+    'Token widths, ascending; one is chosen for the whole subnet.',
+    at_least=1,
+  )
+  depth: tuple[int, ...] = schema.key(
+    schema.REQUIRED,
+    "Numbers of layers, ascending; a subnet has the supernet's first layers.",
+    at_least=1,
+  )
+  num_heads: tuple[int, ...] = schema.key(
+    schema.REQUIRED,
+    'Numbers of attention heads, ascending; chosen per layer.',
+    at_least=1,
+  )
+  mlp_ratio: tuple[float, ...] = schema.key(
+    schema.REQUIRED,
+    'Ratios of MLP width to token width, ascending; chosen per layer.',
+    above=0,
+  )
+  head_dim: int = schema.key(
+    64, 'Channels of an attention head, the same in every subnet.', at_least=1
+  )
 
   def __post_init__(self):
+    super().__post_init__()
     for name in Architecture._fields:
       choices = getattr(self, name)
       if not choices or list(choices) != sorted(set(choices)):
         raise ValueError(f'{name}: wanted ascending choices, found {choices}')
-      if not 0 < choices[0] <= choices[-1] < math.inf:
-        raise ValueError(f'{name}: wanted positive choices, found {choices}')
-      if name != 'mlp_ratio' and any(c != int(c) for c in choices):
-        raise ValueError(f'{name}: wanted whole numbers, found {choices}')
-    if self.head_dim < 1:
-      raise ValueError(f'head_dim: wanted at least 1, found {self.head_dim}')
 
   @property
   def num_layers(self) -> int:
