@@ -1,9 +1,9 @@
-"""Draws a sheet of training images as the network gets them.
+"""Draws a sheet of augmented training images.
 
   python benchmarks/augmentation_sheet.py --config=configs/cifar100.py sheet.png
 
-Each row starts with an image of the training split as it is; the others are
-what the recipe of `config.augment` makes of it, mixtures included.
+Each row starts with an image of the training split; the other images of the row
+are augmented from it by the recipe of `config.augment`, mixup included.
 """
 
 import pathlib

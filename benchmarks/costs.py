@@ -2,9 +2,9 @@
 
   python benchmarks/costs.py FILE.json...
 
-Any object of the file that holds `arch`, `params` and
-`true_macs_without_relpos` is a case, wherever it stands; the geometry is the
-one of the nearest `conventions` above it. Exits 1 on any mismatch.
+Every object in the file, at any depth, with the keys `arch`, `params` and
+`true_macs_without_relpos` is a case; its geometry comes from the nearest
+enclosing `conventions`. Exits with code 1 on any mismatch.
 """
 
 import json

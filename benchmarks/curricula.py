@@ -1,18 +1,18 @@
-"""Which curriculum pays, at equal compute, over seeds.
+"""Compares curricula at equal compute over several seeds.
 
   JAX_NUM_CPU_DEVICES=2 python benchmarks/curricula.py fashion_mnist \
       --workdir /tmp/curricula --json docs/results/curricula_fashion_mnist.json
 
-Trains a supernet with every curriculum and seed, lets each propose networks
-for six budgets, and tests those. Focus proposes what its sampler decodes,
-without any evaluation; the others what evolution finds in their supernet, and
-beside it the best of as many uniform draws. Prints a table, and draws a plot
-beside the JSON.
+Trains a supernet with every curriculum and seed, gets networks for six budgets
+from each, and evaluates them on test images. Focus proposes the sampler's
+answers, without any evaluation; the other curricula propose the results of
+evolution in their supernets. Every supernet also proposes the best of 32
+uniform draws per budget. Prints a table, and draws a plot beside the JSON.
 
-Steps are chosen so that all spend about the same multiply-adds, held-out
-scores included; what they did spend is in the table. Everything is kept in the
-workdir: a second start goes on where the first one was stopped. `--only`
-takes some curricula, or ablations, see `VARIANTS`.
+The numbers of steps are chosen for about equal multiply-adds, including scores
+on held-out images; the table has the actual numbers. The workdir keeps all
+runs, and a repeated command resumes. `--only` selects curricula or ablations of
+`VARIANTS`.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from matplotlib import pyplot as plt
 
 CURRICULA = ('uniform', 'uniform_cost', 'sandwich', 'attentive', 'focus')
 
-# Of a row whose networks are the best of random draws.
+# Suffix of rows whose networks are the best of random draws.
 RANDOM = ', random draws'
 
 PATCHES_OF_7 = {
@@ -56,23 +56,22 @@ PATCHES_OF_7 = {
   'sampler.batch_size': 32,
 }
 
-# The config of each job, what is changed in it, and the steps of the uniform
-# curriculum.
+# For each job: its config, changes to it, and steps of the uniform curriculum.
 JOBS = {
   'digits': (digits.get_config, {}, 1200),
   'fashion_mnist': (fashion_mnist.get_config, PATCHES_OF_7, 1500),
   'fashion_mnist_long': (fashion_mnist.get_config, PATCHES_OF_7, 4500),
 }
 
-# Changes to the job of each name. `share` is of the uniform curriculum's
-# steps, so that all spend the same.
+# Changes to the job, by name of the row. `share` is the number of steps divided
+# by that of the uniform curriculum, chosen for equal compute.
 VARIANTS: dict[str, dict[str, Any]] = {
   'uniform': {},
   'uniform_cost': {'share': 1.0},
   'sandwich': {'share': 0.27, 'distillation.loss': 'kl'},
   'attentive': {'share': 0.43},
   'focus': {'share': 1.18},
-  # Ablations of focus.
+  # Ablations of focus:
   'focus, warm-up 0.2': {'share': 1.2, 'curriculum.warmup': 0.2},
   'focus, warm-up 0.7': {'share': 1.1, 'curriculum.warmup': 0.7},
   'focus, epsilon 0': {'share': 1.1, 'curriculum.epsilon': 0.0},
@@ -101,7 +100,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def settings_of(
   job: str, variant: str, seed: int, more: dict[str, Any] | None = None
 ) -> config_lib.Settings:
-  """One run's settings, with `more` of them changed."""
+  """Settings of one run; `more` overrides keys."""
   get_config, changes, steps = JOBS[job]
   changes = changes | VARIANTS[variant]
   share = changes.pop('share', 1.0)
@@ -128,7 +127,7 @@ def settings_of(
 def outcome(
   settings: config_lib.Settings, workdir: epath.Path
 ) -> dict[str, Any]:
-  """What a run came to, from what is in its workdir; runs what is missing."""
+  """Results of a run, read from its workdir; runs missing stages first."""
   experiment = experiment_lib.create(settings)
   if not train.is_finished(experiment, workdir):
     stages.run(settings, workdir, 'train')
@@ -155,17 +154,14 @@ def outcome(
 
 
 def hypervolume(macs, accuracies, low: int, high: int) -> float:
-  """Share of the plane of log MACs and accuracy that networks dominate.
-
-  Costs span the space's range, accuracies 0 to 1.
-  """
+  """Dominated share of the plane of log MACs (`low` to `high`) and accuracy."""
   cost = np.log(np.array(macs) / low) / np.log(high / low)
   points = np.stack([cost, 1 - np.array(accuracies)], 1)
   return float(hv.HV(ref_point=np.ones(2))(points))
 
 
 def mean_and_error(values: list[float]) -> dict[str, float]:
-  """Of the mean; needs two values or more."""
+  """Mean and its standard error; needs at least two values."""
   return {
     'mean': float(np.mean(values)),
     'standard_error': float(np.std(values, ddof=1) / np.sqrt(len(values))),
@@ -173,7 +169,7 @@ def mean_and_error(values: list[float]) -> dict[str, float]:
 
 
 def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
-  """What one curriculum's seeds come to with what `method` proposes."""
+  """Means over one curriculum's seeds for the networks of one method."""
   rows = [
     sorted(
       (row for row in run['rows'] if row['method'] == method),
@@ -216,14 +212,14 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
 
 
 def lead(ours: dict[str, float], other: dict[str, float], scale: float) -> str:
-  """A difference of two means, and how many standard errors it is."""
+  """Difference of two means and, in brackets, in standard errors."""
   difference = ours['mean'] - other['mean']
   error = np.hypot(ours['standard_error'], other['standard_error'])
   return f'{scale * difference:+.4g} ({difference / max(error, 1e-9):+.1f})'
 
 
 def leads(summaries: dict[str, dict[str, Any]], name: str) -> str:
-  """Markdown: by how much one curriculum's proposals lead all others."""
+  """Markdown table of one curriculum's lead over each of the others."""
   ours = summaries[name]
   heading = [f'{name} against', *(f'{b / 1e6:.2f}M' for b in ours['budgets'])]
   heading += ['hypervolume']
@@ -242,7 +238,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
-  """Markdown: accuracies in percent, mean and standard error over seeds."""
+  """Markdown table: accuracies in percent, mean ± standard error."""
   budgets = next(iter(summaries.values()))['budgets']
   heading = ['curriculum', 'proposes', *(f'{b / 1e6:.2f}M' for b in budgets)]
   heading += ['hypervolume', 'evaluations', 'seconds', 'TMACs']
@@ -267,7 +263,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(summaries: dict[str, dict[str, Any]], path: pathlib.Path, job: str):
-  """Test accuracy over budget, a line for what each curriculum proposes."""
+  """Plots test accuracy over budget, one line per curriculum."""
   figure, axes = plt.subplots(figsize=(7, 5), layout='constrained')
   for name, found in summaries.items():
     if name.endswith(RANDOM):
@@ -286,7 +282,7 @@ def plot(summaries: dict[str, dict[str, Any]], path: pathlib.Path, job: str):
   axes.set_xticks([], minor=True)
   axes.set_xlabel('budget, MACs of one image')
   axes.set_ylabel('test accuracy, %')
-  axes.set_title(f'{job}: what each curriculum proposes')
+  axes.set_title(f'{job}: test accuracy of each curriculum')
   axes.grid(alpha=0.3)
   figure.legend(loc='outside lower center', ncols=3)
   figure.savefig(path, dpi=150)
@@ -294,7 +290,7 @@ def plot(summaries: dict[str, dict[str, Any]], path: pathlib.Path, job: str):
 
 
 def keep_compiled_programs(workdir: os.PathLike):
-  """Seeds share programs; JAX_COMPILATION_CACHE_DIR moves them."""
+  """Caches compiled programs in the workdir, unless JAX has a cache already."""
   if jax.config.jax_compilation_cache_dir is None:
     folder = pathlib.Path(workdir) / 'compiled'
     jax.config.update('jax_compilation_cache_dir', str(folder))
@@ -316,7 +312,7 @@ def main():
   logging.set_verbosity(logging.WARNING)
   keep_compiled_programs(args.workdir)
 
-  # Seeds take turns, so that what is there first is a whole comparison.
+  # All curricula of one seed run first, so that early results can be compared.
   runs = {name: [] for name in args.only}
   for seed in range(args.seeds):
     for name in args.only:
@@ -335,7 +331,7 @@ def main():
     summaries[name + RANDOM] = summary(found, 'random')
   print(table(summaries))
   if 'focus' in summaries:
-    print('\nPoints of test accuracy (in standard errors of the difference):\n')
+    print('\nLead in points of test accuracy (in standard errors):\n')
     print(leads(summaries, 'focus'))
   if args.json:
     result = {'seeds': list(range(args.seeds)), 'curricula': summaries}

@@ -1,15 +1,15 @@
-"""Whether a supernet's order of networks holds when each is trained alone.
+"""Tests whether a supernet ranks networks as training each alone does.
 
   JAX_NUM_CPU_DEVICES=2 python benchmarks/from_scratch.py fashion_mnist \
       --workdir /tmp/curricula --json from_scratch.json
 
-Takes the finished runs of `benchmarks/curricula.py` from its workdir. At some
-of the six budgets it trains networks from new weights, equally long: what the
-sampler of 'focus' decodes; two rivals that cost as much but are deeper,
-shallower, wider or narrower, the best by held-out images in the 'uniform'
-supernet; what evolution found there for the whole budget; and the largest
-subnet. Beside the test accuracies, over seeds, stand those with weights
-inherited from either supernet. Resumable.
+Reads the finished runs of `benchmarks/curricula.py` from its workdir. For some
+of the six budgets, it trains these networks from new weights for equally many
+steps: the answer of the sampler of 'focus'; two rivals of equal cost but other
+depth or width, the best by held-out loss in the 'uniform' supernet; the network
+that evolution found there for the budget; and the largest subnet. The table has
+their test accuracies over seeds, and those with weights inherited from either
+supernet. A repeated command resumes.
 """
 
 import argparse
@@ -39,25 +39,25 @@ from focusformer_jax.training import train
 
 DECODED = 'focus, decoded'
 
-# Which run's search says what is trained: its curriculum and its method.
+# Networks to train: curriculum and search method that found each of them.
 CANDIDATES = {
   DECODED: ('focus', 'sampler'),
   'uniform, evolution': ('uniform', 'evolution'),
   'largest': ('uniform', 'largest'),
 }
 
-# Rivals cost at least this share of what they are compared with.
+# Rivals cost at least this share of the sampler's answer.
 EQUAL_COST = 0.95
-# How many of each depth and width are scored, out of how many draws.
+# Subnets scored per depth and width, out of this many draws.
 SCORED, DRAWN = 8, 1024
 
 
 def candidates(
   runs: pathlib.Path, supernet: int, chosen: list[int]
 ) -> list[dict[str, Any]]:
-  """What the searches of one seed's supernets found at the chosen budgets.
+  """Networks that the searches of one seed found at the chosen budgets.
 
-  A candidate that is the same at several budgets is one row.
+  A network found for several budgets is one row.
   """
   rows = {}
   for name, (curriculum, method) in CANDIDATES.items():
@@ -80,7 +80,7 @@ def candidates(
 
 
 def restore(job: str, curriculum: str, supernet: int, runs: pathlib.Path):
-  """The supernet of a seed: its experiment, and its state at the end."""
+  """The experiment of one seed and its final state."""
   experiment = experiment_lib.create(
     curricula.settings_of(job, curriculum, supernet)
   )
@@ -92,7 +92,7 @@ def restore(job: str, curriculum: str, supernet: int, runs: pathlib.Path):
 def rivals(
   job: str, row: dict[str, Any], runs: pathlib.Path
 ) -> list[dict[str, Any]]:
-  """The two best of the same cost, of other depths and widths than the row."""
+  """The two best networks of equal cost but other depth or width."""
   experiment, state = restore(job, 'uniform', row['supernet'], runs)
   evaluator, table = evaluate.Evaluator(experiment), experiment.cost_bins.table
   drawn = evaluator.draw(np.random.default_rng(0), row['macs'], DRAWN)
@@ -116,7 +116,7 @@ def rivals(
   return [
     row
     | {
-      'candidate': f'of its cost, number {i}',
+      'candidate': f'rival {i} of equal cost',
       'macs': table.of(arch),
       'architecture': experiment.space.to_json(arch),
     }
@@ -125,9 +125,9 @@ def rivals(
 
 
 def inherited(job: str, rows: list[dict[str, Any]], runs: pathlib.Path) -> None:
-  """Adds test accuracies with the weights of one seed's two supernets.
+  """Adds test accuracies with the inherited weights of one seed's supernets.
 
-  And saves the networks, whose weights `trained_alone` does not use.
+  Also saves the networks; `trained_alone` reads their architecture only.
   """
   for curriculum in ('focus', 'uniform'):
     experiment, state = restore(job, curriculum, rows[0]['supernet'], runs)
@@ -145,7 +145,7 @@ def inherited(job: str, rows: list[dict[str, Any]], runs: pathlib.Path) -> None:
 
 
 def folder_of(runs: pathlib.Path, row: dict[str, Any]) -> pathlib.Path:
-  """The same for the same architecture, which is trained only once."""
+  """Directory of an architecture; rows that share one train it only once."""
   values = row['architecture'].values()
   name = '-'.join(str(value).replace(' ', '') for value in values)
   return runs / 'from_scratch' / name
@@ -154,7 +154,7 @@ def folder_of(runs: pathlib.Path, row: dict[str, Any]) -> pathlib.Path:
 def trained_alone(
   job: str, row: dict[str, Any], runs: pathlib.Path, steps: int, seeds: int
 ) -> dict[str, float]:
-  """Test accuracy over seeds, from new weights."""
+  """Mean test accuracy over seeds, trained from new weights."""
   accuracies = []
   for seed in range(seeds):
     folder = folder_of(runs, row)
@@ -182,7 +182,7 @@ def trained_alone(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """Markdown: test accuracies in percent."""
+  """Markdown table of test accuracies in percent."""
   heading = ['seed', 'budget', 'network', 'MACs', 'depth', 'width']
   heading += ['in focus', 'in uniform', 'alone']
   lines = [heading, ['---'] * len(heading)]
@@ -216,16 +216,16 @@ def main():
     nargs='+',
     choices=range(1, 7),
     default=[6],
-    help='which of the six, 1 the smallest',
+    help='numbers of the budgets, 1 (smallest) to 6',
   )
   parser.add_argument(
     '--supernets',
     type=int,
     nargs='+',
     default=[0, 1],
-    help="seeds of the curricula's runs",
+    help='seeds of the supernets',
   )
-  parser.add_argument('--seeds', type=int, default=2, help='of each network')
+  parser.add_argument('--seeds', type=int, default=2, help='per network')
   parser.add_argument('--steps', type=int, default=600)
   parser.add_argument('--json', type=pathlib.Path, help='write the rows here')
   args = parser.parse_args()

@@ -1,20 +1,20 @@
-"""How fast images arrive: JPEGs of ImageNet's sizes, and small ones in memory.
+"""Measures input throughput: ImageNet-sized JPEGs and small images in memory.
 
   python benchmarks/input.py --json input.json
 
-Makes a TFDS data set of JPEGs, once: crops of the two photographs that come
-with scikit-learn, of 500x375 pixels on average, differently lit and sharp, at
-quality 95. Then prints images a second, for all cores and for one, of
+First builds a TFDS data set of JPEGs, once: crops of the two photographs of
+scikit-learn, 500x375 pixels on average, with varied brightness and sharpness,
+at quality 95. Then prints images per second, for all cores and per core, for
 
   jpeg         our pipeline: decode, random resized crop to 224, batch
-  jpeg_tfdata  the same work in tf.data, with its own tuning, from memory
-  jpeg_limit   decoding alone, whole images, a thread for each core: the
-               best of simplejpeg, OpenCV, TensorFlow and Pillow
-  cifar        32x32 in memory, shuffled and batched
+  jpeg_tfdata  the same work in tf.data, autotuned, from memory
+  jpeg_limit   decoding of whole images alone, one thread per core: the best of
+               simplejpeg, OpenCV, TensorFlow and Pillow
+  cifar        32x32 images in memory, shuffled and batched
 
-Everything runs in turns; the figures are medians over the rounds. In the end,
-what augmentation on the device takes of a supernet step, with the recipes and
-spaces of configs/cifar100.py and configs/imagenet2012.py.
+The paths run in alternation; figures are medians over the rounds. Finally
+prints the share of a supernet step that augmentation on the device takes, with
+the recipes and spaces of configs/cifar100.py and configs/imagenet2012.py.
 """
 
 import argparse
@@ -56,7 +56,7 @@ CORES = os.cpu_count() or 1
 
 
 def rate(batches, seconds: float) -> float:
-  """Images a second of an iterator, after its first batches."""
+  """Images per second of an iterator, not counting its first two batches."""
   for _ in range(2):
     next(batches)
   images, start = 0, time.perf_counter()
@@ -66,7 +66,7 @@ def rate(batches, seconds: float) -> float:
 
 
 def limit(encoded: list[bytes], decoder, seconds: float) -> float:
-  """Images a second of a decoder in a thread for each core."""
+  """Images per second of a decoder with one thread per core."""
 
   def work(first: int) -> int:
     done, start = 0, time.perf_counter()
@@ -97,7 +97,7 @@ DECODERS = (simplejpeg.decode_jpeg, opencv, pillow, tensorflow)
 
 
 def tfdata(encoded: list[bytes], labels: list[int]):
-  """Decode, random resized crop and batch, as TensorFlow's users write it."""
+  """The usual tf.data pipeline: decode, random resized crop, batch."""
 
   def read(image, label):
     begin, size, _ = tf.image.sample_distorted_bounding_box(
@@ -126,7 +126,7 @@ def tfdata(encoded: list[bytes], labels: list[int]):
 
 
 def augmentation(config, images: int, rounds: int) -> tuple[float, float]:
-  """Seconds of augmenting a batch, and of the whole supernet step."""
+  """Seconds to augment a batch, and seconds of the whole supernet step."""
   with config.unlocked():
     config.data.batch_size = images
   settings = config_lib.parse(config)
@@ -178,8 +178,8 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--data_dir', help='where to make the JPEGs')
-  parser.add_argument('--seconds', type=float, default=5, help='of a figure')
+  parser.add_argument('--data_dir', help='directory for the JPEGs')
+  parser.add_argument('--seconds', type=float, default=5, help='per figure')
   parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--json', type=pathlib.Path, help='write the rows here')
   args = parser.parse_args()

@@ -1,21 +1,22 @@
-"""Runs one job as 1, 2 and 4 processes and compares what comes out.
+"""Runs one job as 1, 2 and 4 processes and compares the results.
 
   python benchmarks/multiprocess.py
 
 Real processes on this machine, joined as on a pod: `jax.distributed`, CPU
-devices, gloo for collectives. Each part prints a Markdown table; the script
-exits 1 if a row does not hold.
+devices, gloo for collectives. Each part prints a Markdown table; the exit code
+is 1 if a row fails.
 
-Layouts: digits in 20 steps on 4 devices as 1 x 4, 2 x 2 and 4 x 1 (processes x
-devices of each), and once more with sharded parameters. The global batches
-have to be equal, losses to agree within 1e-5 at every step, and `results.json`
-within 1e-5 in numbers and exactly in all else.
+Layouts: digits for 20 steps on 4 devices as 1 x 4, 2 x 2 and 4 x 1 (processes x
+devices of each), and once more with sharded parameters. The global batches must
+be equal, losses must agree within 1e-5 at every step, and `results.json` within
+1e-5 in its floats and exactly in everything else.
 
-Elsewhere: the checkpoint of step 10 of a run on 8 devices (2 x 4) goes on with
-other numbers of processes and devices and other meshes.
+Elsewhere: the checkpoint of step 10 of a run on 8 devices (2 x 4) resumes with
+other numbers of processes and devices and with other meshes.
 
-Preemption: one of two processes gets SIGTERM; both save the same step and exit
-0, and the next start ends with the weights of an undisturbed run, bit for bit.
+Preemption: one of two processes gets SIGTERM. Both must save the same step and
+exit with code 0, and the next start must end with the weights of an undisturbed
+run, bit for bit.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import time
 import zlib
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-# Compiling takes longer than these few steps, so let LLVM do less of it.
+# Compilation takes longer than these few steps, so LLVM optimizes less.
 os.environ.setdefault(
   'XLA_FLAGS',
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
@@ -65,13 +66,13 @@ JOB = {
 
 
 def flags(job: dict[str, int]) -> list[str]:
-  """The smoke variant of digits with changed keys."""
+  """Flags for the smoke variant of digits with changed keys."""
   changes = [f'--config.{key}={value}' for key, value in job.items()]
   return ['--config=configs/digits.py:smoke', *changes]
 
 
 def experiment(job: dict[str, int]) -> experiment_lib.Experiment:
-  """The same job in this process."""
+  """The experiment of the same job, in this process."""
   config = digits.get_config('smoke')
   with config.unlocked():
     config.update_from_flattened_dict(job)
@@ -86,7 +87,7 @@ def saved_state(job: dict[str, int], workdir: pathlib.Path):
 
 
 def equal(one: state_lib.TrainState, other: state_lib.TrainState) -> bool:
-  """Whether two states agree in every bit."""
+  """Whether two states are equal bit for bit."""
   leaves = (jax.tree.leaves(state) for state in (one, other))
   return all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
 
@@ -136,10 +137,10 @@ def finish(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 
 def run(processes: int, devices: int, *command: str) -> str:
-  """What process 0 prints.
+  """Runs a program to its end; returns the output of process 0.
 
   Raises:
-    RuntimeError: a process did not exit with 0.
+    RuntimeError: a process did not exit with code 0.
   """
   ended = finish(start(processes, devices, *command))
   for i, (code, _, error) in enumerate(ended):
@@ -149,7 +150,7 @@ def run(processes: int, devices: int, *command: str) -> str:
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
-  """The training loss of every step that was written."""
+  """Training losses by step, read from the run's metrics."""
   found = {}
   paths = sorted(map(str, (workdir / 'metrics').glob('events*')))
   for record in tf.data.TFRecordDataset(paths) if paths else ():
@@ -165,7 +166,7 @@ def results(workdir: pathlib.Path) -> dict:
 
 
 def deviation(one, other) -> float:
-  """The largest difference of two numbers in equal places; inf elsewhere."""
+  """Largest difference of floats at equal places; inf if others differ."""
   if (
     isinstance(one, dict) and isinstance(other, dict) and set(one) == set(other)
   ):
@@ -180,7 +181,7 @@ def deviation(one, other) -> float:
 
 
 def batches(printed: str) -> list[str]:
-  """The lines of `print_batches`; gloo prints others in between."""
+  """Lines that `print_batches` printed, without those of gloo."""
   return [
     line
     for line in printed.splitlines()
@@ -189,7 +190,7 @@ def batches(printed: str) -> list[str]:
 
 
 def print_batches(given):
-  """As one of several processes: prints a checksum of each global batch."""
+  """Prints a checksum of each global batch, as one of several processes."""
   if given.num_processes:
     jax.distributed.initialize(
       given.coordinator_address, given.num_processes, given.process_id
@@ -317,7 +318,7 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--only', choices=PARTS, nargs='+', default=list(PARTS))
-  # What this program gives itself.
+  # Flags that this program passes to its own processes.
   parser.add_argument('--batches', action='store_true', help=argparse.SUPPRESS)
   for name, kind in (
     ('coordinator_address', str),

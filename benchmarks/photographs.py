@@ -1,6 +1,6 @@
-"""A TFDS data set of JPEGs as large as ImageNet's, for `input.py`.
+"""A TFDS data set of JPEGs of ImageNet's size, for `input.py`.
 
-In a module of its own, for processes that read it import it.
+It has its own module because the processes that read it import it.
 """
 
 import io
@@ -15,7 +15,7 @@ from focusformer_jax.data import image_decoding
 
 
 class Photographs(tfds.core.GeneratorBasedBuilder):
-  """JPEGs of ImageNet's sizes, varied from two real photographs."""
+  """ImageNet-sized JPEGs, derived from two real photographs."""
 
   VERSION = tfds.core.Version('1.0.0')
   COUNT = 2048

@@ -1,10 +1,11 @@
-"""What the sampler costs: its share of the training time after the warm-up.
+"""Measures the sampler's share of the training time after the warm-up.
 
   python benchmarks/sampler_cost.py --config configs/digits.py
 
-Times, in turns, a supernet step, a sampler step, and what of the two is the
-policy's own: drawing the subnets of a supernet step, and a sampler step whose
-subnets need no scoring. Prints shares of the time between two sampler steps.
+Times, in alternation, a supernet step, a sampler step, and the policy's part of
+each: drawing the subnets of a supernet step, and a sampler step on one image
+per device, which scores almost nothing. Prints each as a share of the time from
+one sampler step to the next.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def load(path: pathlib.Path) -> config_lib.Settings:
 
 
 def draw(experiment, state: state_lib.TrainState):
-  """The subnets of one step."""
+  """Draws the subnets of one step."""
   key = state_lib.stream_key(0, state_lib.Stream.CURRICULUM, state.step)
   return experiment.draw(key, state.step, state.policy, None)
 
@@ -49,14 +50,14 @@ def main():
   )
   parser.add_argument('--config', type=pathlib.Path, required=True)
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--calls', type=int, default=10, help='of a round')
+  parser.add_argument('--calls', type=int, default=10, help='per round')
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
 
   settings = load(args.config)
   experiment = experiment_lib.create(settings)
   state = experiment.init_state()
-  # Past the warm-up, where the policy is asked.
+  # The last step, after the warm-up, so that the policy draws.
   state = state.replace(step=state.step + settings.train.steps - 1)
 
   def batch(split: str, size: int):

@@ -1,23 +1,24 @@
-"""Kills, stops and starves one job again and again, with a fixed seed.
+"""Interrupts one job again and again: kills, signals, full disks, damage.
 
   python benchmarks/soak.py
 
-The digits job in 400 steps with a checkpoint every 4, once undisturbed, then
-with faults. After all of them a last start has to end with the same weights,
-bit for bit, the same `results.json` and the same extracted network.
+The digits job for 400 steps with a checkpoint every 4, once undisturbed and
+then with faults, at random moments from a fixed seed. After the faults, a last
+start must end with the same weights, bit for bit, the same `results.json` and
+the same extracted network as the undisturbed run.
 
-- kill -9 at random moments: of training, while a checkpoint is being written,
-  and of the search.
-- SIGTERM at random moments of training: exit code 0 and nothing lost.
-- A disk that is full: a small tmpfs (only root may mount one), elsewhere a
-  limit on the size of files. One line, exit code 1, older checkpoints intact;
-  with room again the run goes on.
-- Every file of the newest checkpoint emptied, cut in half, changed in one bit
-  and removed: one line that names the checkpoint, or weights that are the same
-  as before; never other weights, never a start from zero.
+- kill -9 at random moments: during training, while a checkpoint is written, and
+  during the search.
+- SIGTERM at random moments of training: exit code 0, and nothing is lost.
+- A full disk: a small tmpfs (only root can mount one) or else a limit on file
+  sizes. One line, exit code 1, older checkpoints intact; the run resumes once
+  there is space.
+- Every file of the newest checkpoint emptied, cut in half, changed in one bit,
+  or removed: one line that names the checkpoint, or the same weights as before;
+  never other weights, never a start from step 0.
 
-Prints a Markdown table; exits 1 if a row does not hold. About a quarter of an
-hour on two cores.
+Prints a Markdown table; the exit code is 1 if a row fails. Takes about a
+quarter of an hour on two cores.
 """
 
 import argparse
@@ -56,12 +57,12 @@ JOB = {
 }
 OUTPUTS = ('results.json', 'subnet/model.safetensors')
 
-# What the log says when a phase begins.
+# Log lines that mark the beginning of a phase.
 TRAINING, SEARCHING = 'compiled sampler_step', 'sampler: 0 subnets'
 
 
 class Life:
-  """One start of the job, whose log can be read while it runs."""
+  """One process of the job, with a log that can be read while it runs."""
 
   def __init__(self, workdir: pathlib.Path, limit: int = -1):
     self.workdir = workdir
@@ -119,7 +120,7 @@ def undisturbed(folder: pathlib.Path) -> pathlib.Path:
 
 
 def same_end(folder: pathlib.Path, workdir: pathlib.Path) -> bool:
-  """Whether a last start ends as the undisturbed run did."""
+  """Whether a last start ends with the results of the undisturbed run."""
   whole = undisturbed(folder)
   if Life(workdir).end():
     return False
@@ -137,7 +138,7 @@ def kills(folder: pathlib.Path, rng: random.Random):
   lives = collections.Counter()
   for moment in [*moments, *['searching'] * 6]:
     if moment == 'searching':
-      # A search that is done, or nearly, would be over at once.
+      # Without this, a search that is almost done would end before the kill.
       (workdir / 'results.json').unlink(missing_ok=True)
       shutil.rmtree(workdir / 'search', ignore_errors=True)
       life = Life(workdir)
@@ -174,7 +175,7 @@ def stops(folder: pathlib.Path, rng: random.Random):
 
 @contextlib.contextmanager
 def small_disk(path: pathlib.Path, size: int):
-  """Gives a limit on files where no disk of `size` bytes can be mounted."""
+  """Mounts a disk of `size` bytes; yields a file size limit if it cannot."""
   path.mkdir()
   mounted = subprocess.run(
     ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(path)],

@@ -1,29 +1,30 @@
-"""Times a train step and a forward pass against the machine's own matmul.
+"""Times a train step and a forward pass, relative to the machine's matmul.
 
   python benchmarks/speed.py --geometry 224/16 --execution switched
   python benchmarks/speed.py --json speed.json \
       --peer 'path/to/torch/python benchmarks/torch_vit.py'
 
 One compiled program per (geometry, execution, phase) runs the smallest, middle
-and largest subnet of the tiny space. Everything is timed in turns, matmuls
-included, so that a machine that slows down slows all of it; times are medians.
+and largest subnet of the tiny space. All measurements alternate, matmuls
+included, so that a slow spell of the machine affects all of them; times are
+medians.
 
-Every core is a device of its own with its share of the batch, as users get with
-JAX_NUM_CPU_DEVICES: small products then need not be split over threads.
+Each core is a JAX device with its share of the batch, as with
+JAX_NUM_CPU_DEVICES, so small products need not be split over threads.
 
-The floor is what matrix products alone would take: 2 FLOPs per MAC forward, 3
-times that for training, at the rate of a plain float32 `jnp.matmul`: the better
-of one shaped like the network's, (3152, 240) @ (240, 960), and of one of 2048
-cubed, shared out in the same way. `of floor` is floor / measured; 1 would be
-matrix products and no more. MACs are those of `cost.macs`: no relative
-position, no rematerialization.
+The floor is the time of the matrix products alone: 2 FLOPs per MAC forward, 3
+times that for training, at the rate of a plain float32 `jnp.matmul`. That rate
+is the better of two shapes, (3152, 240) @ (240, 960) as in the network and 2048
+cubed, divided among the devices in the same way. `of floor` is floor /
+measured; 1 would mean that nothing but matrix products takes time. MACs are
+those of `cost.macs`, without relative position and rematerialization.
 
-A peer is any program that, started as `COMMAND GEOMETRY SUBNETS`, prints one
-line `{"smallest": seconds, "middle": seconds, "largest": seconds}` of its own
-train steps (other lines may come before it) and exits. SUBNETS is JSON: batch,
-channels, classes and, under `subnets`, what `SearchSpace.to_json` says of each,
-with `mlp_dim` a layer. Peer and our own rounds alternate; `peer/ours` is the
-median of the ratios of neighboring rounds, above 1 where ours is faster.
+A peer is a program that is started as `COMMAND GEOMETRY SUBNETS`, prints one
+last line `{"smallest": seconds, "middle": seconds, "largest": seconds}` with
+the times of its own train steps, and exits. SUBNETS is JSON: batch, channels,
+classes and, under `subnets`, each subnet as in `SearchSpace.to_json`, with
+`mlp_dim` per layer. Rounds of the peer and of ours alternate; `peer/ours` is
+the median ratio of neighboring rounds, above 1 where ours is faster.
 """
 
 import argparse
@@ -51,7 +52,7 @@ from focusformer_jax.spaces import search_space
 from focusformer_jax.training import optim
 
 SPACE = search_space.TINY
-# Geometry and batch: ImageNet's usual sizes, and 65 tokens of small images.
+# Geometry and batch size: ImageNet's usual ones, and 65 tokens of small images.
 CASES = {
   '224/16': (search_space.Geometry(224, 16, 3, 1000), 16),
   '32/4': (search_space.Geometry(32, 4, 3, 100), 128),
@@ -62,26 +63,26 @@ SUBNETS = {
   'middle': SPACE.middle(),
   'largest': SPACE.largest(),
 }
-# (rows, inner, columns) and how often in a row, some 20 ms each.
+# (rows, inner, columns) and repetitions, about 20 ms each.
 MATMULS = (((3152, 240, 960), 3), ((2048, 2048, 2048), 1))
 
 jax.config.update('jax_num_cpu_devices', os.cpu_count())
 
 
 def split(mesh, tree):
-  """Shares out the first axis of every leaf."""
+  """Shards the first axis of every leaf over the devices."""
   placed = jax.sharding.NamedSharding(mesh, sharding.BATCH)
   return jax.device_put(tree, placed)
 
 
 def whole(mesh, tree):
-  """A copy on every device."""
+  """Places a copy on every device."""
   placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   return jax.device_put(tree, placed)
 
 
 class Matmuls:
-  """Measures the float32 matmul rate of all devices together."""
+  """Measures the float32 matmul rate of all devices combined."""
 
   def __init__(self):
     mesh = sharding.make_mesh(-1, 1)
@@ -98,7 +99,7 @@ class Matmuls:
     self.rate()  # Compiles.
 
   def rate(self) -> float:
-    """FLOP/s of the better shape, once measured."""
+    """Measures both shapes once; returns the higher rate in FLOP/s."""
     rates = []
     for a, b, flops, repeats in self.operands:
       start = time.perf_counter()
@@ -108,7 +109,7 @@ class Matmuls:
 
 
 class Program:
-  """One compiled program with the state it updates."""
+  """A compiled program and the state that it updates."""
 
   def __init__(self, geometry_name: str, execution: str, phase: str):
     self.key = (geometry_name, execution, phase)
@@ -157,7 +158,7 @@ class Program:
     )
     self.compile_seconds = time.perf_counter() - start
     memory = self.step.memory_analysis()
-    # Donated arguments are outputs too.
+    # Donated arguments are also outputs; count them once.
     self.peak_bytes = (
       memory.temp_size_in_bytes
       + memory.argument_size_in_bytes
@@ -166,7 +167,7 @@ class Program:
     )
 
   def seconds(self, subnet: str) -> float:
-    """Of one step of a subnet, once measured."""
+    """Runs and times one step of a subnet."""
     start = time.perf_counter()
     self.state, result = self.step(self.state, self.batch, self.archs[subnet])
     jax.block_until_ready((self.state, result))
@@ -183,7 +184,7 @@ def floor(key: tuple[str, str, str], subnet: str, rate: float) -> float:
 
 
 def peer_seconds(command: str, geometry_name: str) -> dict[str, float]:
-  """What one run of the peer answers for a geometry."""
+  """Seconds per subnet that the peer reports for a geometry."""
   geometry, batch = CASES[geometry_name]
   described = {
     'batch': batch,
@@ -201,7 +202,7 @@ def peer_seconds(command: str, geometry_name: str) -> dict[str, float]:
 
 
 def describe(arch: search_space.Architecture) -> dict:
-  """The sizes of a subnet, for a program that does not know our space."""
+  """Sizes of a subnet, for a program that does not know our space."""
   sizes = SPACE.to_json(arch)
   width = sizes['embed_dim']
   ratios = sizes.pop('mlp_ratio')
@@ -209,13 +210,13 @@ def describe(arch: search_space.Architecture) -> dict:
 
 
 def measure(programs: list[Program], repeats: int, peer: str | None):
-  """Seconds, matmul rates and peer ratios, each a list over the rounds."""
+  """Returns seconds, matmul rates and peer ratios, as lists over the rounds."""
   matmuls = Matmuls()
   seconds, ratios = collections.defaultdict(list), collections.defaultdict(list)
   rates = []
   for program in programs:
     for subnet in SUBNETS:
-      program.seconds(subnet)  # The first run pages memory in.
+      program.seconds(subnet)  # Not counted: it pages memory in.
   for _ in range(repeats):
     for program in programs:
       for subnet in SUBNETS:
@@ -232,7 +233,7 @@ def measure(programs: list[Program], repeats: int, peer: str | None):
 
 
 def table(programs, seconds, rate, ratios) -> list[dict]:
-  """Prints every row; returns them for --json."""
+  """Prints the rows and returns them for --json."""
   rows = []
   print(f'matmul: {rate / 1e9:.0f} GFLOP/s\n')
   print('geometry  execution  phase    subnet    seconds  of floor  peer/ours')
@@ -260,13 +261,13 @@ def table(programs, seconds, rate, ratios) -> list[dict]:
     print(
       f'  smallest/largest {np.median(paired):.2f}, '
       f'compiled in {program.compile_seconds:.1f} s, '
-      f'{program.peak_bytes / 2**30:.2f} GiB a device\n'
+      f'{program.peak_bytes / 2**30:.2f} GiB per device\n'
     )
   return rows
 
 
 def executions_compared(programs, seconds):
-  """Prints how much faster slices are than masks, where both ran."""
+  """Prints the speedup of switched over masked execution, where both ran."""
   for program in programs:
     name, execution, phase = program.key
     masked = name, 'masked', phase
@@ -295,7 +296,7 @@ def main():
     parser.add_argument(f'--{name}', choices=choices, help='default: all')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--json', type=pathlib.Path, help='write the rows here')
-  parser.add_argument('--peer', metavar='COMMAND', help='time it in turns')
+  parser.add_argument('--peer', metavar='COMMAND', help='time it as well')
   args = parser.parse_args()
   geometries, executions, phases = (
     choices if getattr(args, name) is None else (getattr(args, name),)

@@ -1,11 +1,11 @@
-"""Makes TFDS's `fashion_mnist` of Debian's files, where there is no network.
+"""Builds TFDS's `fashion_mnist` from Debian's package, without a network.
 
   apt-get install dataset-fashion-mnist
   python benchmarks/stage_fashion_mnist.py
 
-The four files are those that TFDS would download (github.com/zalandoresearch/
-fashion-mnist), and TFDS's own builder reads them, so that the data set is the
-same, in the same order. Writes to TFDS's usual directory, or to --data_dir.
+The package holds the four files that TFDS would download (github.com/
+zalandoresearch/fashion-mnist). TFDS's own builder reads them, so the data set
+and its order are the same. Writes to TFDS's default directory or to --data_dir.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FILES = {
 
 
 def stage(source: pathlib.Path, data_dir: str | None) -> pathlib.Path:
-  """Builds the data set; returns where it lies."""
+  """Builds the data set and returns its directory."""
   builder = tfds.builder(
     'fashion_mnist', data_dir=data_dir, file_format='array_record'
   )
@@ -37,7 +37,7 @@ def stage(source: pathlib.Path, data_dir: str | None) -> pathlib.Path:
       paths[key] = pathlib.Path(extracted, name)
       packed = (source / f'{name}.gz').read_bytes()
       paths[key].write_bytes(gzip.decompress(packed))
-    # In place of a download: TFDS asks for the four files by these names.
+    # Replaces the download: TFDS asks for the four files by these names.
     with mock.patch.object(
       tfds.download.DownloadManager,
       'download_and_extract',

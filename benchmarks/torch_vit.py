@@ -1,13 +1,14 @@
-"""Train-step seconds of dense vision transformers in PyTorch, for `speed.py`.
+"""Times train steps of dense vision transformers in PyTorch, for `speed.py`.
 
   pip install -r benchmarks/requirements-torch.txt
   python benchmarks/torch_vit.py 224/16 SUBNETS
 
-SUBNETS is the JSON that `speed.py --peer` passes; the answer is one JSON line.
-Untied networks of just the subnet's size, eager, float32, all cores: exact
-GELU, LayerNorm, mean pooling, and 2-D relative position for keys and values in
-AutoFormer's form (arXiv 2107.00651), a dense (N, N, 64) tensor of vectors
-gathered from tables of 2m + 2. Time: cross entropy, gradients, AdamW.
+SUBNETS is the JSON that `speed.py --peer` passes; prints one JSON line. Each
+network has the subnet's size and its own weights, and runs eagerly in float32
+on all cores, with exact GELU, LayerNorm, mean pooling, and AutoFormer's 2-D
+relative position for keys and values (arXiv 2107.00651): a dense (N, N, 64)
+tensor of vectors, gathered from tables of 2m + 2. A step is cross entropy,
+gradients and AdamW.
 """
 
 import json
@@ -32,7 +33,7 @@ class RelativePosition(nn.Module):
     place = torch.arange(grid * grid)
     for name, at in ('iv', place // grid), ('ih', place % grid):
       distance = (at - at[:, None]).clamp(-MAX_DISTANCE, MAX_DISTANCE)
-      # Entry 0 is for pairs with the class token.
+      # Entry 0 belongs to pairs with the class token.
       index = functional.pad(distance + MAX_DISTANCE + 1, (1, 0, 1, 0))
       self.register_buffer(name, index)
 
@@ -55,7 +56,7 @@ class Attention(nn.Module):
       self.qkv(x).reshape(b, n, 3, h, k).permute(2, 0, 3, 1, 4)
     )
     logits = query @ key.transpose(-2, -1)
-    # (n, b*h, k) @ (n, k, n): what each query sees of its own distances.
+    # (n, b*h, k) @ (n, k, n): each query times the vectors of its distances.
     seen = query.permute(2, 0, 1, 3).reshape(n, b * h, k)
     near = seen @ self.keys().transpose(1, 2)
     logits = logits + near.transpose(0, 1).reshape(b, h, n, n)
@@ -102,7 +103,7 @@ class VisionTransformer(nn.Module):
 
 
 def train_seconds(size, patch, case, subnet):
-  """Median over a few steps, after one that is not counted."""
+  """Median seconds of a few steps, after one that is not counted."""
   model = VisionTransformer(size // patch, patch, case, subnet)
   optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.05)
   images = torch.randn(case['batch'], case['channels'], size, size)
