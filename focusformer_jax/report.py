@@ -11,16 +11,12 @@ from typing import Any
 from etils import epath
 import matplotlib
 from matplotlib import figure as figure_lib
-from matplotlib import pyplot as plt
 from matplotlib import ticker
 import numpy as np
 import tensorflow as tf
 
 from focusformer_jax import atomic_files
 from focusformer_jax import text_table
-
-matplotlib.use('agg')
-
 
 # Points (step, value) by the name of a metric.
 Curves = dict[str, list[tuple[int, float]]]
@@ -85,7 +81,8 @@ def pareto_plot(results: dict[str, Any]) -> figure_lib.Figure:
   """Test accuracy over cost, a line a method."""
   rows = _rows(results)
   cost = rows[0]['cost']
-  figure, axes = plt.subplots(figsize=(7, 5), layout='constrained')
+  figure = figure_lib.Figure(figsize=(7, 5), layout='constrained')
+  axes = figure.subplots()
   for method, counts in results['methods'].items():
     points = sorted(
       (row[cost], 100 * row['test_accuracy'])
@@ -168,8 +165,9 @@ def curve_plots(curves: Curves) -> dict[str, figure_lib.Figure]:
   for name, (title, lines) in wanted.items():
     if not lines:
       continue
-    figure, axes = plt.subplots(figsize=(5, 3.4), layout='constrained')
-    colors = plt.get_cmap('viridis')(np.linspace(0, 0.9, len(lines)))
+    figure = figure_lib.Figure(figsize=(5, 3.4), layout='constrained')
+    axes = figure.subplots()
+    colors = matplotlib.colormaps['viridis'](np.linspace(0, 0.9, len(lines)))
     for (label, points), color in zip(lines.items(), colors, strict=True):
       marker = 'o' if len(points) < 30 else None
       axes.plot(*zip(*points), label=label, color=color, marker=marker, ms=3)
@@ -197,7 +195,8 @@ def policy_plots(policy: dict[str, Any]) -> dict[str, figure_lib.Figure]:
   shades = dict(cmap='Blues', vmin=0, vmax=1, aspect='auto')
   plots = {}
 
-  figure, both = plt.subplots(2, figsize=(5, 4), sharex=True)
+  figure = figure_lib.Figure(figsize=(5, 4), layout='constrained')
+  both = figure.subplots(2, sharex=True)
   for axes, name in zip(both, ('depth', 'embed_dim'), strict=True):
     choices = policy['choices'][name]
     trained = np.array(policy['trained'][name])
@@ -209,21 +208,17 @@ def policy_plots(policy: dict[str, Any]) -> dict[str, figure_lib.Figure]:
     axes.set_ylabel({'embed_dim': 'width'}.get(name, name))
     axes.set_xticks(range(len(columns)), [*labels, 'trained'])
   both[-1].set_xlabel('budget')
-  figure.set_layout_engine('constrained')
   figure.colorbar(image, ax=both, label='probability')
   plots['depth_and_width'] = figure
 
   for name, title in (('num_heads', 'heads'), ('mlp_ratio', 'MLP ratio')):
     choices = [f'{c:g}' for c in policy['choices'][name]]
     layers = len(budgets[0]['probability'][name])
-    figure, row = plt.subplots(
-      1,
-      len(budgets),
+    figure = figure_lib.Figure(
       figsize=(max(5, 0.9 * len(budgets)), 1.4 + 0.22 * layers),
-      sharey=True,
-      squeeze=False,
       layout='constrained',
     )
+    row = figure.subplots(1, len(budgets), sharey=True, squeeze=False)
     for axes, budget, label in zip(row[0], budgets, labels, strict=True):
       image = axes.imshow(budget['probability'][name], **shades)
       axes.set_title(label, fontsize='small')
@@ -240,7 +235,6 @@ def policy_plots(policy: dict[str, Any]) -> dict[str, figure_lib.Figure]:
 def _png(figure: figure_lib.Figure) -> bytes:
   target = io.BytesIO()
   figure.savefig(target, format='png', dpi=150)
-  plt.close(figure)
   return target.getvalue()
 
 
