@@ -14,6 +14,10 @@ with _epy.lazy_api_imports(globals()):
   from focusformer_jax.errors import UserError
   from focusformer_jax.models.supernet import Supernet
   from focusformer_jax.models.vit import VisionTransformer
+  from focusformer_jax.runs import Answer
+  from focusformer_jax.runs import Run
+  from focusformer_jax.runs import load_run
+  from focusformer_jax.runs import train
   from focusformer_jax.spaces import Architecture
   from focusformer_jax.spaces import Geometry
   from focusformer_jax.spaces import SearchSpace

@@ -24,6 +24,7 @@ ORDER = (
   'deploy',
   'report',
   'stages',
+  'runs',
 )
 PACKAGE = ROOT / 'focusformer_jax'
 

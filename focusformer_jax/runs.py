@@ -1,0 +1,250 @@
+"""A trained run as a Python object: budgets in, networks out.
+
+  run = load_run('workdir/digits')
+  answer = run.answer(budget=150_000)
+  vit = run.extract(answer)
+
+Letters: `B` batch, `C` channels.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+
+from etils import epath
+import jax
+from jaxtyping import Array, Float, UInt8
+import ml_collections
+import numpy as np
+
+from focusformer_jax import atomic_files
+from focusformer_jax import config as config_lib
+from focusformer_jax import errors
+from focusformer_jax import sharding
+from focusformer_jax import stages
+from focusformer_jax.data import augment
+from focusformer_jax.models import vit
+from focusformer_jax.sampler import distribution
+from focusformer_jax.spaces import search_space
+from focusformer_jax.training import evaluate
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import state as state_lib
+from focusformer_jax.training import train as train_lib
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+  """The network that a run recommends for a budget.
+
+  Args:
+    budget: Upper bound of the cost, as it was asked for.
+    cost: Cost of the architecture in the same terms, at most `budget`.
+    costs: All costs of the architecture in words, such as '6,912 MACs'.
+    heldout: Mean loss and accuracy on the held-out images, with the weights
+      inherited from the supernet.
+    architecture: Choice indices.
+    description: The architecture in words.
+  """
+
+  budget: float
+  cost: int
+  costs: tuple[str, ...]
+  heldout: evaluate.Score
+  architecture: search_space.Architecture
+  description: str
+
+  def __repr__(self) -> str:
+    return (
+      f'Answer to a budget of {self.budget:,.10g}: {", ".join(self.costs)}; '
+      f'held-out accuracy {self.heldout.accuracy:.2%}, loss '
+      f'{self.heldout.loss:.4g}; {self.description}'
+    )
+
+
+class Run:
+  """A trained supernet and its sampler; made by `load_run` and `train`.
+
+  Args:
+    experiment: Settings, data set and costs, on one device.
+    state: The newest checkpoint.
+    workdir: Directory of the run.
+  """
+
+  def __init__(
+    self,
+    experiment: experiment_lib.Experiment,
+    state: state_lib.TrainState,
+    workdir: epath.Path,
+  ):
+    self.experiment = experiment
+    self.state = state
+    self.workdir = workdir
+    self._evaluator = evaluate.Evaluator(experiment)
+
+  def __repr__(self) -> str:
+    table = self.experiment.cost_bins.table
+    settings = self.experiment.settings
+    return (
+      f'Run in {self.workdir}: {settings.data.name}, step '
+      f'{int(self.state.step)} of {settings.train.steps}, budgets from '
+      f'{table.minimum:,} to {table.maximum:,} {table.label}'
+    )
+
+  @property
+  def settings(self) -> config_lib.Settings:
+    """The configuration that the run was trained with."""
+    return self.experiment.settings
+
+  @property
+  def space(self) -> search_space.SearchSpace:
+    """The search space of the supernet."""
+    return self.experiment.space
+
+  def answer(self, budget: float) -> Answer:
+    """The sampler's architecture for a budget, and its held-out score.
+
+    Args:
+      budget: Upper bound of `config.sampler.cost`, such as 150_000 MACs.
+
+    Raises:
+      UserError: No subnet of the space is within the budget.
+    """
+    return self.answers([budget])[0]
+
+  def answers(self, budgets: Sequence[float]) -> list[Answer]:
+    """Answers to several budgets, scored in one pass over held-out images.
+
+    Raises:
+      UserError: No subnet of the space is within one of the budgets.
+    """
+    table, tables = self.experiment.cost_bins.table, self.experiment.tables
+    bounds = [int(self._bound(budget)) * table.unit for budget in budgets]
+    archs = [
+      proposal.arch
+      for proposal in self._evaluator.propose(self.state.policy, bounds)
+    ]
+    scores = self._evaluator.score(
+      self.state.scored, archs, self.experiment.dataset.split('heldout')
+    )
+    return [
+      Answer(
+        budget=budget,
+        cost=table.of(arch),
+        costs=tuple(f'{t.of(arch):,} {t.label}' for t in tables.values()),
+        heldout=score,
+        architecture=arch,
+        description=self.space.describe(arch),
+      )
+      for budget, arch, score in zip(budgets, archs, scores, strict=True)
+    ]
+
+  def extract(
+    self, answer: Answer | search_space.Architecture
+  ) -> vit.VisionTransformer:
+    """Cuts a network out of the supernet, with the weights it inherits.
+
+    Returns:
+      A plain vision transformer, from normalized images (see `normalize`) to
+      logits.
+    """
+    arch = answer.architecture if isinstance(answer, Answer) else answer
+    return jax.device_put(vit.extract(self._weights, arch))
+
+  def sampler(self, budget: float) -> distribution.Distribution:
+    """The sampler's distribution over the architectures within a budget.
+
+    Raises:
+      UserError: No subnet of the space is within the budget.
+    """
+    return distribution.Distribution(
+      self.state.policy, self.experiment.cost_bins, self._bound(budget)
+    )
+
+  def normalize(
+    self, images_BHWC: UInt8[Array | np.ndarray, 'B height width C']
+  ) -> Float[Array, 'B height width C']:
+    """What the run's networks take, from images of bytes."""
+    return augment.normalize(self.experiment.recipe, images_BHWC)
+
+  def plot(self, budgets: Sequence[float] | None = None):
+    """Draws held-out accuracy over cost for the answers to several budgets.
+
+    Args:
+      budgets: Budgets to ask for; by default those of the run's search.
+
+    Returns:
+      Matplotlib's axes.
+    """
+    from matplotlib import pyplot as plt  # Slow to import, and asked for here.
+
+    answers = self.answers(budgets or self.experiment.search_budgets)
+    _, axes = plt.subplots(layout='constrained')
+    axes.plot(
+      [answer.cost for answer in answers],
+      [answer.heldout.accuracy for answer in answers],
+      'o',
+    )
+    axes.set_xscale('log')
+    axes.set_xlabel(self.experiment.cost_bins.table.label)
+    axes.set_ylabel('held-out accuracy')
+    return axes
+
+  @functools.cached_property
+  def _weights(self):
+    # NumPy slices without compiling.
+    return sharding.on_host(self.experiment.mesh, self.state.scored)
+
+  def _bound(self, budget: float) -> np.int32:
+    """The budget in units of the cost table."""
+    table = self.experiment.cost_bins.table
+    if not budget >= table.minimum:
+      raise errors.UserError(
+        f'budget: wanted at least {table.minimum:,} {table.label}, the '
+        f'smallest subnet (the largest has {table.maximum:,}), found '
+        f'{budget:,.10g}'
+      )
+    return np.int32(table.within(min(budget, table.maximum)))
+
+
+def train(settings: config_lib.Settings, workdir: epath.PathLike) -> Run:
+  """Trains to the last step, from the newest checkpoint if there is one.
+
+  Args:
+    settings: Checked configuration.
+    workdir: Directory for `config.json`, checkpoints and metrics.
+
+  Raises:
+    UserError: The settings do not fit the data set, the devices or the
+      checkpoint, or too many updates were not finite.
+  """
+  stages.run(settings, epath.Path(workdir), 'train')
+  return load_run(workdir)
+
+
+def load_run(workdir: epath.PathLike) -> Run:
+  """Loads `config.json` and the newest checkpoint of a working directory.
+
+  The run is restored to one device, however many it was trained on. Its data
+  set has to be there: it gives the held-out images that answers are scored on.
+
+  Raises:
+    UserError: The directory holds no trained run, a file cannot be read, or
+      the data set is another one.
+  """
+  workdir = epath.Path(workdir)
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise errors.UserError(
+      f'workdir: wanted the directory of a trained run, found no {path}; train '
+      'one with python main.py --config=CONFIG --workdir=WORKDIR'
+    )
+  settings = config_lib.parse(
+    ml_collections.ConfigDict(atomic_files.read_json(path))
+  )
+  experiment = experiment_lib.create(
+    dataclasses.replace(settings, mesh=config_lib.Mesh(data=-1, fsdp=1)),
+    devices=jax.local_devices()[:1],
+  )
+  with train_lib.open_checkpoints(experiment, workdir) as checkpoints:
+    state = checkpoints.restore(experiment.abstract_state)
+  return Run(experiment, state, workdir)

@@ -1,0 +1,100 @@
+"""A policy at one budget, as a probability distribution.
+
+Letters: `A` architectures, `L` layers.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from focusformer_jax.sampler import conditional
+from focusformer_jax.sampler import cost_bins
+from focusformer_jax.sampler import policy as policy_lib
+from focusformer_jax.spaces import search_space
+
+_sample = jax.jit(conditional.sample, static_argnums=(2, 4))
+_decode = jax.jit(conditional.decode, static_argnums=1)
+_decisions = jax.jit(conditional.decisions, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _weights(policy, bins, bound):
+  return policy(bins.normalize(bound))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _log_prob(weights, space, bins, bound, archs):
+  # Counted as the recursion counts: rounded up to whole bins.
+  embed = archs.embed_dim[:, None]
+  spent_AL = jnp.asarray(bins.attention_EH)[embed, archs.num_heads]
+  spent_AL += jnp.asarray(bins.mlp_ER)[embed, archs.mlp_ratio]
+  depth_A = jnp.asarray(space.depth)[archs.depth]
+  live_AL = jnp.arange(space.num_layers) < depth_A[:, None]
+  spent_A = jnp.sum(jnp.where(live_AL, spent_AL, 0), axis=1)
+  within_A = spent_A <= bins.bins_left(bound)[archs.depth, archs.embed_dim]
+  log_prob_A = conditional.log_prob(weights, space, bins, bound, archs)
+  return jnp.where(within_A, log_prob_A, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distribution:
+  """The policy's distribution over the architectures within a budget.
+
+  Every method is exact: no draw is rejected, no probability is estimated.
+  Methods compile once and serve every budget of the same policy and cost.
+
+  Args:
+    policy: The sampler's network.
+    bins: The cost that the budget bounds.
+    bound: The budget in units of the cost table, at least its minimum.
+  """
+
+  policy: policy_lib.Policy
+  bins: cost_bins.CostBins
+  bound: Int[Array, '']
+
+  @functools.cached_property
+  def weights(self) -> conditional.LogWeights:
+    """Log-probability of every choice before conditioning on the budget."""
+    return _weights(self.policy, self.bins, self.bound)
+
+  def sample(self, key: jax.Array, count: int) -> search_space.Architecture:
+    """Draws a batch of `count` independent architectures."""
+    return _sample(key, self.weights, self.bins, self.bound, count)
+
+  def mode(self) -> search_space.Architecture:
+    """The most probable layers of the most probable depth and width."""
+    return _decode(self.weights, self.bins, self.bound)
+
+  def log_prob(
+    self, archs: search_space.Architecture
+  ) -> Float[Array, ''] | Float[Array, 'A']:
+    """Log-probability of one architecture or of each of a batch.
+
+    It is -inf where an architecture exceeds the budget, as counted in the bins
+    of the cost.
+    """
+    one = jnp.ndim(archs.depth) == 0
+    batch = jax.tree.map(lambda leaf: leaf[None], archs) if one else archs
+    space = self.policy.space
+    log_prob_A = _log_prob(self.weights, space, self.bins, self.bound, batch)
+    return log_prob_A[0] if one else log_prob_A
+
+  def entropy(self) -> Float[Array, '']:
+    """Entropy in nats."""
+    return self._decisions[1]
+
+  def marginals(self) -> conditional.LogWeights:
+    """The probability of every choice.
+
+    Those of depth and width sum to 1, those of a layer to the probability that
+    the layer is live.
+    """
+    return self._decisions[0]
+
+  @functools.cached_property
+  def _decisions(self):
+    return _decisions(self.weights, self.bins, self.bound)
