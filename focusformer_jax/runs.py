@@ -14,7 +14,6 @@ import functools
 from etils import epath
 import jax
 from jaxtyping import Array, Float, UInt8
-import ml_collections
 import numpy as np
 
 from focusformer_jax import atomic_files
@@ -238,9 +237,7 @@ def load_run(workdir: epath.PathLike) -> Run:
       f'workdir: wanted the directory of a trained run, found no {path}; train '
       'one with python main.py --config=CONFIG --workdir=WORKDIR'
     )
-  settings = config_lib.parse(
-    ml_collections.ConfigDict(atomic_files.read_json(path))
-  )
+  settings = config_lib.parse(atomic_files.read_json(path))
   experiment = experiment_lib.create(
     dataclasses.replace(settings, mesh=config_lib.Mesh(data=-1, fsdp=1)),
     devices=jax.local_devices()[:1],
