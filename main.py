@@ -15,7 +15,9 @@ from etils import epath
 import jax
 from ml_collections import config_flags
 
+from focusformer_jax import command_line
 from focusformer_jax import config as config_lib
+from focusformer_jax import config_docs
 from focusformer_jax import errors
 from focusformer_jax import stages
 from focusformer_jax.training import loop
@@ -29,6 +31,10 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
   'mode', 'run', stages.MODES, 'One stage, or all that are not done yet.'
 )
+HELP_CONFIG = flags.DEFINE_bool(
+  'help_config', False, 'Print every key of the configuration, and exit.'
+)
+flags.DEFINE_alias('help-config', 'help_config')
 COORDINATOR_ADDRESS = flags.DEFINE_string(
   'coordinator_address', None, 'Host and port of process 0, if not on a TPU.'
 )
@@ -40,19 +46,23 @@ PROCESS_ID = flags.DEFINE_integer(
 )
 
 
-def _parse_flags(argv):
-  """Flags, or one line for a wrong flag, config file or key."""
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses flags and config, or ends with a line that says what is wrong."""
   try:
-    rest = flags.FLAGS(argv)
-    # A file that cannot be read is an error as soon as its config is used.
-    CONFIG.value.to_dict()
-    return rest
-  except (AttributeError, KeyError) as error:
-    sys.exit(f'error: --config: no such key: {errors.first_line(error)}')
-  except (flags.Error, OSError, TypeError, ValueError) as error:
-    # Of a traceback in between, the last line says what is wrong.
-    lines = str(error).strip().splitlines()
-    sys.exit(f'error: {" ".join(dict.fromkeys((lines[0], lines[-1])))}')
+    rest = command_line.parse(argv)
+    if HELP_CONFIG.value:
+      config = CONFIG.value or config_lib.default()
+      print(config_docs.text(config_lib.parse(config)))
+      sys.exit()
+    if CONFIG.value is None:
+      raise errors.UserError(
+        '--config: wanted a file such as configs/digits.py, found none'
+      )
+    if not WORKDIR.value:
+      raise errors.UserError('--workdir: wanted a directory, found none')
+  except errors.UserError as error:
+    sys.exit(f'error: {error}')
+  return rest
 
 
 def _log_our_lines_only():
@@ -139,5 +149,4 @@ def _leave(message: str):
 
 
 if __name__ == '__main__':
-  flags.mark_flags_as_required(['config', 'workdir'])
   app.run(main, flags_parser=_parse_flags)

@@ -109,7 +109,7 @@ class Key:
     else:
       count = '' if self.length is ... else f'{self.length} '
       words = f'a tuple of {count}{many}'
-    return words + values + (' or None' if self.optional else '')
+    return words + values + (', or None' if self.optional else '')
 
   def convert(self, value: Any) -> Any:
     """The value in the declared type: floats for integers, tuples for lists.

@@ -15,6 +15,8 @@ ORDER = (
   'schema',
   'spaces',
   'config',
+  'config_docs',
+  'command_line',
   'sharding',
   'data',
   'models',

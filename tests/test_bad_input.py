@@ -4,9 +4,7 @@ Nothing is written before it is said.
 """
 
 import shutil
-import sys
 
-from absl import flags
 import jax
 import numpy as np
 import pytest
@@ -187,39 +185,3 @@ def leaves(experiment, workdir):
       experiment.abstract_state, train.open_streams(experiment)
     )
   return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-
-
-@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections'
-@pytest.mark.parametrize(
-  'argv, message',
-  [
-    ([], 'flag --config=None'),
-    (['--config=nowhere.py'], 'nowhere.py'),
-    (['--config=configs/digits.py:huge'], 'wanted base or smoke, found huge'),
-    (['--config=configs/digits.py', '--mode=dance'], 'flag --mode=dance'),
-    (['--config=configs/digits.py', '--wordkir=x'], "flag 'wordkir'"),
-    (
-      ['--config=configs/digits.py', '--config.train.steps=many'],
-      '--config.train.steps',
-    ),
-    (['--config=configs/digits.py', '--config.train.stops=1'], 'no such key'),
-    (['--config=configs/digits.py', '--num_processes=two'], 'num_processes'),
-  ],
-)
-def test_wrong_flags(argv, message, monkeypatch):
-  import main
-
-  argv = ['main.py', *argv, '--workdir=/nowhere']
-  # Overrides of a config are looked up there.
-  monkeypatch.setattr(sys, 'argv', argv)
-  flags.mark_flags_as_required(['config', 'workdir'])
-  flags.FLAGS.unparse_flags()
-  try:
-    with pytest.raises(SystemExit) as caught:
-      main._parse_flags(argv)
-  finally:
-    flags.FLAGS.mark_as_parsed()
-  line = str(caught.value)
-  assert line.startswith('error: ')
-  assert message in line
-  assert '\n' not in line

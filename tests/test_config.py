@@ -9,9 +9,10 @@ import ml_collections
 import pytest
 
 from focusformer_jax import config as config_lib
+from focusformer_jax import config_docs
 from focusformer_jax import errors
 from focusformer_jax import schema
-from tests.conftest import smoke_settings
+from tests.conftest import ROOT, smoke_settings
 
 VARIANTS = {
   'cifar10': ('base', 'smoke'),
@@ -103,7 +104,7 @@ def test_sections_check_values_without_a_config():
     ('train.steps', True, 'an integer of at least 1'),
     ('train.steps', 'many', 'an integer of at least 1'),
     ('data.name', 3, 'a string'),
-    ('data.dir', 3, 'a string or None'),
+    ('data.dir', 3, 'a string, or None'),
     ('data.heldout', 0.0, 'a number from 0.01 to 0.9'),
     ('data.heldout', 0.95, 'a number from 0.01 to 0.9'),
     ('data.heldout', math.nan, 'a number from 0.01 to 0.9'),
@@ -208,3 +209,28 @@ def test_keys_are_found_by_their_path():
   found = schema.find(settings, ['retrain', 'optimizer', 'ema'], 'config')
   assert found.domain == 'a number from 0 to 0.99999'
   assert schema.find(settings, ['space'], 'config') is None
+
+
+def test_documentation_is_up_to_date():
+  page = (ROOT / 'docs' / 'configuration.md').read_text()
+  assert page == config_docs.markdown() + '\n'
+
+
+def test_help_shows_every_key_and_changes_of_a_config():
+  config = load('fashion_mnist')
+  text = config_docs.text(config_lib.parse(config))
+  lines = text.splitlines()
+  assert max(map(len, lines)) <= 100
+  shown = {line.split()[0] for line in lines if ' = ' in line}
+  assert shown == set(keys_of(config.to_dict()))
+  assert '  data.image_size = 28  (default: 8)' in lines
+  assert '  data.batch_size = 128' in lines
+  assert '      Height and width of a patch, in pixels.' in text
+
+
+def keys_of(values: dict, path: str = ''):
+  for name, value in values.items():
+    if isinstance(value, dict):
+      yield from keys_of(value, f'{path}{name}.')
+    else:
+      yield f'{path}{name}'

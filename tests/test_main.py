@@ -36,17 +36,7 @@ def test_settings_that_do_not_fit_together(tfds_dir, changes, message):
   assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize(
-  'flags, message',
-  [
-    (
-      ['--config.no_such_key=1'],
-      "error: --config: no such key: \"'no_such_key'",
-    ),
-    (['--config.search.budgets=1'], 'error: config.search.budgets: wanted at'),
-  ],
-)
-def test_the_command_says_it_in_one_line(flags, message, tmp_path):
+def test_the_command_says_it_in_one_line(tmp_path):
   workdir = tmp_path / 'new'
   done = subprocess.run(
     [
@@ -54,7 +44,7 @@ def test_the_command_says_it_in_one_line(flags, message, tmp_path):
       'main.py',
       '--config=configs/digits.py:smoke',
       f'--workdir={workdir}',
-      *flags,
+      '--config.search.budgets=1',
     ],
     cwd=ROOT,
     capture_output=True,
@@ -62,7 +52,8 @@ def test_the_command_says_it_in_one_line(flags, message, tmp_path):
     check=False,
   )
   assert done.returncode != 0
-  assert done.stderr.strip().splitlines()[-1].startswith(message)
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith('error: config.search.budgets: wanted at least')
   assert 'Traceback' not in done.stderr
   assert not workdir.exists()
 
