@@ -219,7 +219,7 @@ class Optimizer(schema.Section):
   final_learning_rate: float = key(
     1e-5, 'Learning rate at the end of the cosine.', at_least=0
   )
-  warmup_steps: int = key(50, 'Updates of linear warm-up.', at_least=0)
+  warmup_steps: int = key(50, 'Training steps of linear warm-up.', at_least=0)
   weight_decay: float = key(
     0.05,
     'Weight decay of all parameters except one-dimensional ones, positions and '
@@ -227,7 +227,7 @@ class Optimizer(schema.Section):
     at_least=0,
   )
   clip_norm: float = key(
-    1.0, 'Norm to which larger gradients are scaled down.', above=0
+    1.0, 'Global norm to which larger gradients are scaled down.', above=0
   )
   reference_batch: int = key(
     0,
@@ -240,8 +240,8 @@ class Optimizer(schema.Section):
   )
   hold_untouched: bool = key(
     False,
-    'Leave weights unchanged in a step in which no subnet used them; '
-    'otherwise weight decay and momentum keep moving them.',
+    'Leave weights unchanged that no subnet of a step used; otherwise weight '
+    'decay and momentum keep moving them.',
   )
   ema: float = key(
     0.0,
@@ -283,8 +283,8 @@ class Curriculum(schema.Section):
     'focus',
     '`focus` trains proposals of the sampler. `uniform` draws each choice '
     'uniformly. `uniform_cost` draws a budget, then an architecture within it. '
-    '`sandwich` adds the smallest and the largest subnet. `attentive` keeps '
-    'one of several candidates by its held-out loss.',
+    '`sandwich` trains the smallest, the largest and uniform draws. '
+    '`attentive` keeps one of several candidates by its held-out loss.',
     choices=('uniform', 'uniform_cost', 'sandwich', 'attentive', 'focus'),
   )
   subnets: int = key(
@@ -294,14 +294,15 @@ class Curriculum(schema.Section):
   )
   warmup: float = key(
     0.4,
-    'Share of all steps that draw uniformly before the sampler is used.',
+    '`focus`: share of all steps that draw uniformly before the sampler is '
+    'used.',
     at_least=0,
     at_most=1,
   )
   epsilon: float = key(
     0.2,
-    'Probability, right after the warm-up, of a uniform draw within the budget '
-    'instead of a proposal.',
+    '`focus`: probability, right after the warm-up, of a uniform draw within '
+    'the budget instead of a proposal.',
     at_least=0,
     at_most=1,
   )
@@ -359,8 +360,8 @@ class Sampler(schema.Section):
   reward: str = key(
     'loss',
     '`loss` is minus the cross-entropy, `mnasnet` combines accuracy and cost, '
-    'and `pareto` counts how few of the compared subnets are both better and '
-    'cheaper.',
+    'and `pareto` is minus the share of compared subnets that are better in '
+    'one of loss and cost and no worse in the other.',
     choices=('loss', 'accuracy', 'mnasnet', 'pareto'),
   )
   scale_rewards: bool = key(
@@ -375,13 +376,14 @@ class Sampler(schema.Section):
   )
   penalty: float = key(
     1.0,
-    '`penalty`: reward lost when the cost exceeds the budget by 100%, '
-    'proportionally.',
+    '`penalty`: weight of the relative excess over the budget, which is '
+    'subtracted from the reward.',
     at_least=0,
   )
   unused: float = key(
     0.0,
-    'Reward lost for leaving the whole budget unused, proportionally.',
+    'Weight of the unused share of the budget, which is subtracted from the '
+    'reward.',
     at_least=0,
   )
   budgets: str = key(

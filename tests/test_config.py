@@ -213,7 +213,8 @@ def test_keys_are_found_by_their_path():
 
 def test_documentation_is_up_to_date():
   page = (ROOT / 'docs' / 'configuration.md').read_text()
-  assert page == config_docs.markdown() + '\n'
+  command = 'python -m focusformer_jax.config_docs > docs/configuration.md'
+  assert page == config_docs.markdown() + '\n', f'run {command}'
 
 
 def test_help_shows_every_key_and_changes_of_a_config():
