@@ -73,7 +73,7 @@ def images():
 
 
 @pytest.fixture(scope='session')
-def budgets() -> cost_bins.CostBins:
+def bins() -> cost_bins.CostBins:
   return cost_bins.CostBins(cost.macs(TINY, GEOMETRY), max_bins=4000)
 
 

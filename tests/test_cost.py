@@ -12,12 +12,12 @@ from tests.conftest import DATA, GEOMETRY, TINY, make_supernet
 IMAGENET = search_space.Geometry(224, 16, 3, 1000)
 
 
-def test_reference_counts(capsys):
+def test_counts_match_the_reference(capsys):
   assert costs.main([str(DATA / 'costs.json')]) == 0
   assert capsys.readouterr().out == '42 cases, 0 mismatches\n'
 
 
-def test_a_wrong_count_is_found(tmp_path):
+def test_wrong_reference_count_is_found(tmp_path):
   text = (DATA / 'costs.json').read_text()
   (tmp_path / 'wrong.json').write_text(text.replace('5867944', '5867945'))
   assert costs.main([str(tmp_path / 'wrong.json')]) == 1
@@ -67,3 +67,15 @@ def test_our_spaces_span_a_factor_of_eight(name):
 def test_every_parameter_names_its_axes():
   for param in jax.tree.leaves(make_supernet(), is_leaf=layers.is_param):
     assert param.ndim - len(param.axes) in (0, 1)
+
+
+def test_costs_of_nothing_are_refused():
+  with pytest.raises(ValueError, match='latency: wanted a smallest subnet'):
+    cost.CostTable(
+      name='latency',
+      label='microseconds',
+      depth=(1, 2),
+      stem_E=np.zeros(2, int),
+      attention_EH=np.zeros((2, 2), int),
+      mlp_ER=np.zeros((2, 2), int),
+    )

@@ -10,8 +10,8 @@ from focusformer_jax import config as config_lib
 from focusformer_jax.sampler import conditional
 from focusformer_jax.training import curricula
 from tests.conftest import TINY
-from tests.test_policy import ALL
-from tests.test_policy import COSTS
+from tests.enumerated import ALL
+from tests.enumerated import COSTS
 
 COUNT, CALLS = 4, 1000
 
@@ -24,9 +24,9 @@ def parse(name, distillation='none', **options):
   return config_lib.parse(config)
 
 
-def draw(budgets, settings, step=0, policy=None, score=None):
+def draw(bins, settings, step=0, policy=None, score=None):
   """Indices into `ALL` of 1,000 calls' draws, of shape (1000, 4)."""
-  make = curricula.make(settings, TINY, budgets)
+  make = curricula.make(settings, TINY, bins)
   keys = jax.random.split(jax.random.key(7), CALLS)
   archs = jax.jit(jax.vmap(lambda key: make(key, step, policy, score)))(keys)
   return identify(archs)
@@ -67,32 +67,32 @@ def uniform_over_choices() -> np.ndarray:
   return 0.5**2 * 0.25**layers
 
 
-def test_uniform_is_uniform_over_choices(budgets):
-  found = draw(budgets, parse('uniform'))
+def test_uniform_is_uniform_over_choices(bins):
+  found = draw(bins, parse('uniform'))
   assert_distributed(found, uniform_over_choices())
 
 
-def test_uniform_cost_is_uniform_within_a_uniform_budget(budgets):
-  bounds = np.linspace(*map(float, budgets.range), 20_001)
+def test_uniform_cost_is_uniform_within_a_uniform_budget(bins):
+  bounds = np.linspace(*map(float, bins.range), 20_001)
   within = COSTS[:, None] <= bounds
   probability = (within / within.sum(0)).mean(1)
-  assert_distributed(draw(budgets, parse('uniform_cost')), probability)
+  assert_distributed(draw(bins, parse('uniform_cost')), probability)
 
 
 @pytest.mark.parametrize('keep', ['best', 'worst'])
-def test_attentive_keeps_the_end_of_its_candidates(budgets, keep):
+def test_attentive_keeps_the_end_of_its_candidates(bins, keep):
   """Of k uniform draws among n, the r-th best is the best with known odds."""
   k = 3
   found = draw(
-    budgets,
+    bins,
     parse('attentive', candidates=k, keep=keep),
-    score=jax.vmap(budgets.table.units),
+    score=jax.vmap(bins.table.units),
   )
   # The 'loss' is the cost; architectures of equal cost are told apart by it
   # no more than by the test, so it looks at costs alone.
   costs, number = np.unique(COSTS, return_counts=True)
   probability = np.zeros(len(costs))
-  bounds = np.linspace(*map(float, budgets.range), 2_001)
+  bounds = np.linspace(*map(float, bins.range), 2_001)
   for within in np.searchsorted(costs, bounds, side='right'):
     n = number[:within].sum()
     at_most = np.cumsum(number[:within]) / n
@@ -108,32 +108,32 @@ def test_attentive_keeps_the_end_of_its_candidates(budgets, keep):
 
 
 @pytest.mark.parametrize('distillation', ['none', 'kl'])
-def test_a_sandwich_has_its_ends(budgets, distillation):
-  found = draw(budgets, parse('sandwich', distillation))
+def test_a_sandwich_has_its_ends(bins, distillation):
+  found = draw(bins, parse('sandwich', distillation))
   smallest, largest = COSTS.argmin(), COSTS.argmax()
   ends = [largest, smallest] if distillation == 'none' else [smallest]
   assert (found[:, : len(ends)] == ends).all()
   assert_distributed(found[:, len(ends) :], uniform_over_choices())
 
 
-def test_focus_is_uniform_until_the_warm_up_ends(budgets):
+def test_focus_is_uniform_until_the_warm_up_ends(bins):
   found = draw(
-    budgets,
+    bins,
     parse('focus'),
     policy=lambda budget: conditional.choice_weights(TINY),
   )
   assert_distributed(found, uniform_over_choices())
 
 
-def test_focus_draws_from_the_policy_within_a_log_uniform_budget(budgets):
+def test_focus_draws_from_the_policy_within_a_log_uniform_budget(bins):
   weights = conditional.choice_weights(TINY)
   found = draw(
-    budgets,
+    bins,
     parse('focus', epsilon=0.0, final_epsilon=0.0),
     step=digits.get_config().train.steps,
     policy=lambda budget: weights,
   )
-  bounds = np.geomspace(*map(float, budgets.range), 20_001)
+  bounds = np.geomspace(*map(float, bins.range), 20_001)
   within = (COSTS[:, None] <= bounds) * uniform_over_choices()[:, None]
   assert_distributed(found, (within / within.sum(0)).mean(1))
 

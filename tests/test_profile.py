@@ -43,6 +43,11 @@ MICROSECONDS = {
   'attention': [[10, 20], [15, 30]],
   'mlp': [[5, 10], [10, 20]],
 }
+ZEROS = {
+  'stem': [0, 0],
+  'attention': [[0, 0], [0, 0]],
+  'mlp': [[0, 0], [0, 0]],
+}
 
 
 def write(path, **changes):
@@ -90,6 +95,17 @@ def test_a_slow_network_does_not_make_entries_negative():
   assert min(table.min() for table in entries.values()) >= 0
 
 
+def test_written_table_is_read_back(tmp_path):
+  entries = {name: np.array(values) for name, values in MICROSECONDS.items()}
+  path = tmp_path / 'profile' / 'table.json'
+  latency_table.write(path, entries, FACTS | {'device': 'test'})
+  assert json.loads(path.read_text()) == (
+    FACTS | {'device': 'test', 'microseconds': MICROSECONDS}
+  )
+  table = latency_table.read(path, FACTS)
+  assert np.array_equal(table.attention_EH, entries['attention'])
+
+
 def test_a_table_is_a_cost_in_microseconds(tmp_path):
   table = latency_table.read(write(tmp_path / 'table.json'), FACTS)
   assert (table.minimum, table.maximum) == (100 + 15, 150 + 2 * 50)
@@ -115,6 +131,7 @@ def test_a_table_is_a_cost_in_microseconds(tmp_path):
     ({'microseconds': MICROSECONDS | {'stem': [1.5, 2.5]}}, ', in whole'),
     ({'microseconds': MICROSECONDS | {'stem': [-1, 2]}}, ', in whole'),
     ({'microseconds': MICROSECONDS | {'mlp': [[1], [2]]}}, ', in whole'),
+    ({'microseconds': ZEROS}, ', found latency: wanted a smallest subnet'),
   ],
 )
 def test_a_table_of_something_else_is_refused(changes, message, tmp_path):

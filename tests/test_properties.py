@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -124,47 +123,82 @@ def test_more_of_anything_never_costs_less(space, geometry, data):
 
 @SLOW
 @given(spaces(layers=2), geometries(), st.integers(4, 64), st.data())
-def test_policies_keep_to_their_budget(space, geometry, bins, data):
+def test_policies_keep_to_their_bounds(space, geometry, max_bins, data):
   table = cost.macs(space, geometry)
-  budgets = cost_bins.CostBins(table, bins)
+  bins = cost_bins.CostBins(table, max_bins)
   archs = search_space.stack([space.from_json(v) for v in all_values(space)])
   units = np.asarray(table.units(archs))
-  budget = data.draw(st.integers(*budgets.range))
-  leaves, treedef = jax.tree.flatten(conditional.architecture_weights(space))
-  rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-  weights = jax.tree.unflatten(
-    treedef, [jnp.float32(rng.normal(size=leaf.shape)) for leaf in leaves]
-  )
+  seed = data.draw(st.integers(0, 99))
+  share = data.draw(st.sampled_from([0.3, 0.8, 0.95]))
 
   @jax.jit
-  def look(budget):
+  @jax.vmap
+  def look(key, budget):
+    shapes = conditional.architecture_weights(space)
+    keys = jax.random.split(key, len(shapes))
+    weights = conditional.LogWeights(
+      *(
+        jax.random.normal(key, leaf.shape)
+        for key, leaf in zip(keys, shapes, strict=True)
+      )
+    )
+    lower = bins.lower_bound(budget, share)
     return (
-      conditional.decode(weights, budgets, budget),
-      conditional.sample(jax.random.key(0), weights, budgets, budget, 16),
-      conditional.log_prob(weights, space, budgets, budget, archs),
-      conditional.entropy(weights, budgets, budget),
+      lower,
+      conditional.decode(weights, bins, budget, lower),
+      conditional.sample(key, weights, bins, budget, 16, lower),
+      conditional.log_prob(weights, space, bins, budget, archs, lower),
+      conditional.entropy(weights, bins, budget, lower),
     )
 
-  decoded, drawn, log_prob, entropy = look(jnp.int32(budget))
-  assert table.units(decoded) <= budget
-  assert (np.asarray(table.units(drawn)) <= budget).all()
-  # Rounding up to bins may leave some out that are within, never one more.
-  probs = np.exp(log_prob)[units <= budget]
-  assert probs.sum() >= 1 - 1e-4
-  exact = (budgets.bin_E == _gcd_of_excess(table)).all()
+  # One compilation for many budgets, each with weights of its own.
+  rng = np.random.default_rng(seed)
+  low, high = bins.range
+  budgets = np.append(rng.integers(low, high + 1, 62), [low, high]).astype('i')
+  keys = jax.random.split(jax.random.key(seed), len(budgets))
+  lowers, decoded, drawn, *rest = jax.device_get(look(keys, budgets))
+  assert (np.asarray(table.units(decoded)) <= budgets).all()
+  drawn_units = np.asarray(jax.vmap(table.units)(drawn))
+  assert (drawn_units <= budgets[:, None]).all()
+  exact = (bins.bin_E == _exact_bins(table)).all()
   if exact:
-    assert probs.sum() == pytest.approx(1, abs=1e-4)
-    assert entropy == pytest.approx(-(probs * np.log(probs)).sum(), abs=1e-3)
-  space.from_json(space.to_json(decoded))
+    assert (drawn_units > lowers[:, None]).all()
+  spent = _spent(bins, archs)
+  for budget, lower, log_prob, entropy in zip(
+    budgets, lowers, *rest, strict=True
+  ):
+    left = np.asarray(bins.bins_left(budget))[archs.depth, archs.embed_dim]
+    below = np.asarray(bins.bins_left(lower))[archs.depth, archs.embed_dim]
+    allowed = (spent <= left) & (spent > below)
+    assert (units[allowed] <= budget).all()
+    # The lower bound loses no architecture that the budget's bins allow.
+    assert allowed[(units > lower) & (spent <= left)].all()
+    if exact:
+      np.testing.assert_array_equal(
+        allowed, (units > lower) & (units <= budget)
+      )
+    log_p = log_prob[allowed]
+    assert np.exp(log_p).sum() == pytest.approx(1, abs=1e-3)
+    assert entropy == pytest.approx(-(np.exp(log_p) * log_p).sum(), abs=2e-3)
 
 
-def _gcd_of_excess(table):
+def _exact_bins(table):
   """The widest bin of each width that rounds nothing."""
   halves = table.attention_EH // table.unit, table.mlp_ER // table.unit
   excess = np.concatenate(
     [half - half.min(axis=1, keepdims=True) for half in halves], axis=1
   )
   return np.maximum(np.gcd.reduce(excess, axis=1), 1)
+
+
+def _spent(bins, archs):
+  """Bins that each of a batch of architectures spends."""
+  e = archs.embed_dim[:, None]
+  per_layer = bins.attention_EH[e, archs.num_heads]
+  per_layer += bins.mlp_ER[e, archs.mlp_ratio]
+  layers = np.arange(archs.num_heads.shape[1])
+  live = layers < np.array(bins.table.depth)[archs.depth][:, None]
+  return (per_layer * live).sum(1)
 
 
 json_values = st.recursive(

@@ -23,6 +23,7 @@ from focusformer_jax.deploy import latency
 from focusformer_jax.sampler import conditional
 from focusformer_jax.sampler import cost_bins
 from focusformer_jax.spaces import cost
+from focusformer_jax.spaces import latency_table
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
@@ -161,12 +162,12 @@ def _write_table(experiment, entries, workdir) -> epath.Path:
   words = f'latency {name} b{settings.batch_size} {facts["dtype"]}'
   file = re.sub('[^a-z0-9]+', '-', words.lower()) + '.json'
   path = workdir / 'profile' / file
-  atomic_files.write_json(
-    path,
-    {'device': name, 'jax': jax.__version__, 'repeats': settings.repeats}
-    | facts
-    | {'microseconds': {k: v.tolist() for k, v in entries.items()}},
-  )
+  measured = {
+    'device': name,
+    'jax': jax.__version__,
+    'repeats': settings.repeats,
+  }
+  latency_table.write(path, entries, measured | facts)
   return path
 
 

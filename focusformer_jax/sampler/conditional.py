@@ -1,10 +1,10 @@
-"""The architecture sampler: budget in, distribution over subnets out.
+"""Distributions over architectures, conditioned exactly on their cost.
 
-A factorized categorical policy, conditioned exactly on cost <= budget. All
-costs are additive (see `cost.py`), so the weight of all architectures within a
-budget is a sum that dynamic programming computes layer by layer. With b(e,h)
-and b(e,r) the cost of a choice in whole bins, the weight of spending exactly g
-bins in the first l layers of width e is
+A distribution is a product of independent choices (`LogWeights`). All costs are
+additive (`spaces/cost.py`), so the weight of all architectures within a budget
+is a sum that dynamic programming computes layer by layer. With b(e,h) and
+b(e,r) the cost of a choice in whole bins, the weight of spending exactly g bins
+in the first l layers of width e is
 
     F(0, g) = 1 for g = 0, else 0
     F(l+1, g) = sum_h p_l(h) sum_r p_l(r) F(l, g - b(e,h) - b(e,r))
@@ -15,7 +15,7 @@ and with G(d,e) the bins that a budget leaves to depth d and width e,
 
 Drawing depth and width in proportion to that sum's terms, then the bins spent,
 then each layer from the last to the first in proportion to what F leaves,
-draws exactly from the policy given the budget, and
+draws exactly from the distribution given the budget, and
 
     log p(a | cost <= budget) = log p(a) - log p(cost <= budget).
 
@@ -23,11 +23,20 @@ The maximum in place of the sums (Viterbi) gives the most probable architecture
 within a budget. Uniform weights draw uniformly among all of them. One
 recursion serves every depth, since layers are dropped from the end.
 
-The network, the recursion and the learning rule are this project's own; the
-FocusFormer paper (arXiv 2208.10861) describes its sampler in words alone.
+Every function takes an optional lower bound as well, and then conditions on
+the window lower < cost <= budget: only the numbers of bins change that the last
+sum runs over, to those that the budget allows and the lower bound does not.
+The upper end holds exactly whatever the bins round. The lower end holds in
+bins: no architecture of the window is lost to it, and one below it is admitted
+only if its cost exceeds the lower bound when each choice is rounded up to whole
+bins (`CostBins.allowed`). A window must hold an architecture
+(`CostBins.lower_bound` sees to that).
 
-Letters: `D` depth choices, `E` embed choices, `H` head choices, `R` ratio
-choices, `L` layers, `G` bins.
+The recursion is this project's own; the FocusFormer paper (arXiv 2208.10861)
+describes its sampler in words alone.
+
+Letters: `A` architectures, `D` depth choices, `E` embed choices, `H` head
+choices, `R` ratio choices, `K` choices of either kind, `L` layers, `G` bins.
 """
 
 from collections.abc import Callable
@@ -35,14 +44,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 import numpy as np
 
 from focusformer_jax.sampler import cost_bins
 from focusformer_jax.spaces import search_space
 
-# Stands for log 0 where a true infinity would turn gradients into NaN.
+# Log of 0: a true infinity would turn gradients into NaN.
 NEVER = -1e30
+
+# A cost in units of the table, concrete or traced.
+Cost = Int[ArrayLike, '']
 
 
 class LogWeights(NamedTuple):
@@ -60,7 +73,7 @@ def choice_weights(space: search_space.SearchSpace) -> LogWeights:
 
 
 def architecture_weights(space: search_space.SearchSpace) -> LogWeights:
-  """Weight 1 for every choice: uniform over whole architectures."""
+  """Weight 1 for every choice, which is uniform over whole architectures."""
   L = space.num_layers
   return LogWeights(
     jnp.zeros(len(space.depth)),
@@ -73,9 +86,11 @@ def architecture_weights(space: search_space.SearchSpace) -> LogWeights:
 class _Recursion(NamedTuple):
   """Log weights of the recursion.
 
-  `before[l]` is F(l, g), and `halfway[l]` the same with layer l's heads
-  chosen and its ratio still open. `spent` is F at each depth, NEVER where the
-  budget does not allow it; `root` its total, weighed by depth and width.
+  Attributes:
+    before: F(l, g), before each layer.
+    halfway: The same with the layer's heads chosen and its ratio still open.
+    spent: F at each depth, NEVER for numbers of bins that are not allowed.
+    root: Total of `spent`, weighed by depth and width.
   """
 
   before: Float[Array, 'L E G+1']
@@ -84,7 +99,9 @@ class _Recursion(NamedTuple):
   root: Float[Array, 'D E']
 
 
-def _spend(f_EG: Array, cost_EK: np.ndarray) -> Float[Array, 'K E G+1']:
+def _spend(
+  f_EG: Float[Array, 'E G+1'], cost_EK: Int[np.ndarray, 'E K']
+) -> Float[Array, 'K E G+1']:
   """F after each choice: row e moves up by the choice's cost, a constant."""
   never = jnp.float32(NEVER)
   rows = [
@@ -96,8 +113,9 @@ def _spend(f_EG: Array, cost_EK: np.ndarray) -> Float[Array, 'K E G+1']:
 
 def _recurse(
   weights: LogWeights,
-  budgets: cost_bins.CostBins,
-  budget: Int[Array, ''],
+  bins: cost_bins.CostBins,
+  budget: Cost,
+  lower: Cost | None,
   reduce: Callable[..., Array],
 ) -> _Recursion:
   """Runs the recursion; `reduce` is logsumexp or max over an axis."""
@@ -107,28 +125,24 @@ def _recurse(
 
   def layer(f_EG, weights):
     heads_H, ratio_R = weights
-    halfway = choose(f_EG, heads_H, budgets.attention_EH)
-    return choose(halfway, ratio_R, budgets.mlp_ER), (f_EG, halfway)
+    halfway = choose(f_EG, heads_H, bins.attention_EH)
+    return choose(halfway, ratio_R, bins.mlp_ER), (f_EG, halfway)
 
-  bins = jnp.arange(budgets.num_bins + 1)
-  nothing = jnp.where(bins == 0, 0.0, NEVER)
+  start_G = jnp.where(jnp.arange(bins.num_bins + 1) == 0, 0.0, NEVER)
   last, (before, halfway) = jax.lax.scan(
     layer,
-    jnp.broadcast_to(nothing, (len(budgets.bin_E), len(bins))),
+    jnp.broadcast_to(start_G, (len(bins.bin_E), len(start_G))),
     (weights.num_heads, weights.mlp_ratio),
   )
-  by_depth = jnp.concatenate([before, last[None]])[
-    np.array(budgets.table.depth)
-  ]
-  allowed = bins <= budgets.bins_left(budget)[..., None]
-  spent = jnp.where(allowed, by_depth, NEVER)
+  by_depth = jnp.concatenate([before, last[None]])[np.array(bins.table.depth)]
+  spent = jnp.where(bins.allowed(budget, lower), by_depth, NEVER)
   root = weights.depth[:, None] + weights.embed_dim + reduce(spent, axis=-1)
   return _Recursion(before, halfway, spent, root)
 
 
 def _choose(
   weights: LogWeights,
-  budgets: cost_bins.CostBins,
+  bins: cost_bins.CostBins,
   recursion: _Recursion,
   pick: Callable[[jax.Array, Array], Array],
   key: jax.Array,
@@ -136,10 +150,8 @@ def _choose(
   """Walks the recursion back; `pick` takes (key, logits) to an index."""
   layers = weights.num_heads.shape[0]
   root_key, spent_key, key = jax.random.split(key, 3)
-  d, e = jnp.divmod(pick(root_key, recursion.root.ravel()), len(budgets.bin_E))
-  attention, mlp = (
-    jnp.asarray(t)[e] for t in (budgets.attention_EH, budgets.mlp_ER)
-  )
+  d, e = jnp.divmod(pick(root_key, recursion.root.ravel()), len(bins.bin_E))
+  attention, mlp = (jnp.asarray(t)[e] for t in (bins.attention_EH, bins.mlp_ER))
 
   def choose(key, weight_K, f_G, cost_K, g):
     left = g - cost_K
@@ -164,7 +176,7 @@ def _choose(
       recursion.before,
       recursion.halfway,
       jax.random.split(key, layers),
-      jnp.arange(layers) < jnp.asarray(budgets.table.depth)[d],
+      jnp.arange(layers) < jnp.asarray(bins.table.depth)[d],
     ),
     reverse=True,
   )
@@ -172,68 +184,83 @@ def _choose(
 
 
 def log_partition(
-  weights: LogWeights, budgets: cost_bins.CostBins, budget: Int[Array, '']
+  weights: LogWeights,
+  bins: cost_bins.CostBins,
+  budget: Cost,
+  lower: Cost | None = None,
 ) -> Float[Array, '']:
   """Log of the weight of all architectures within a budget.
 
-  For the weights of a policy this is log p(cost <= budget); for weights of 1,
-  the log of their number.
+  For the weights of a policy this is log p(lower < cost <= budget); for weights
+  of 1, the log of the number of architectures.
+
+  Args:
+    weights: Output of a policy, or any other weights.
+    bins: Costs in bins.
+    budget: Upper bound in units of the cost table.
+    lower: Lower bound, exclusive; None for none.
   """
-  recursion = _recurse(weights, budgets, budget, jax.nn.logsumexp)
+  recursion = _recurse(weights, bins, budget, lower, jax.nn.logsumexp)
   return jax.nn.logsumexp(recursion.root)
 
 
 def sample(
   key: jax.Array,
   weights: LogWeights,
-  budgets: cost_bins.CostBins,
-  budget: Int[Array, ''],
+  bins: cost_bins.CostBins,
+  budget: Cost,
   count: int,
+  lower: Cost | None = None,
 ) -> search_space.Architecture:
   """Draws a batch of `count` architectures, none of which exceeds the budget.
 
   Args:
-    key: of the draws.
-    weights: a policy's output, or any other weights.
-    budgets: cost and bins.
-    budget: in the units of the cost table, not below the reachable minimum.
-    count: of independent draws.
+    key: PRNG key for the draws.
+    weights: Output of a policy, or any other weights.
+    bins: Costs in bins.
+    budget: Upper bound in units of the cost table, not below the lowest cost.
+    count: Number of independent draws.
+    lower: Lower bound, exclusive; None for none.
   """
-  recursion = _recurse(weights, budgets, budget, jax.nn.logsumexp)
+  recursion = _recurse(weights, bins, budget, lower, jax.nn.logsumexp)
   return jax.vmap(
-    lambda key: _choose(
-      weights, budgets, recursion, jax.random.categorical, key
-    )
+    lambda key: _choose(weights, bins, recursion, jax.random.categorical, key)
   )(jax.random.split(key, count))
 
 
 def uniform_within(
   key: jax.Array,
   space: search_space.SearchSpace,
-  budgets: cost_bins.CostBins,
-  budget: Int[Array, ''],
+  bins: cost_bins.CostBins,
+  budget: Cost,
   count: int,
+  lower: Cost | None = None,
 ) -> search_space.Architecture:
-  """Draws uniformly among all the architectures within a budget."""
-  return sample(key, architecture_weights(space), budgets, budget, count)
+  """Draws uniformly among all architectures within a budget (see `sample`)."""
+  weights = architecture_weights(space)
+  return sample(key, weights, bins, budget, count, lower)
 
 
 def decode(
-  weights: LogWeights, budgets: cost_bins.CostBins, budget: Int[Array, '']
+  weights: LogWeights,
+  bins: cost_bins.CostBins,
+  budget: Cost,
+  lower: Cost | None = None,
 ) -> search_space.Architecture:
   """The most probable layers of the most probable depth and width.
 
-  A shallow architecture makes few decisions. While a policy is unsure, each of
-  them is therefore more probable than any deep one, however seldom it draws
-  shallow ones at all. So depth and width are chosen by the probability of all
-  their architectures within the budget, and the layers by Viterbi's recursion.
+  A shallow architecture makes few decisions. While a policy is unsure, each
+  shallow architecture is therefore more probable than any deep one, however
+  seldom shallow ones are drawn in total. So depth and width are chosen by the
+  probability of all their architectures within the budget, and the layers by
+  Viterbi's recursion. Arguments are those of `log_partition`.
   """
-  together = _recurse(weights, budgets, budget, jax.nn.logsumexp)
-  single = _recurse(weights, budgets, budget, jnp.max)
+  total = _recurse(weights, bins, budget, lower, jax.nn.logsumexp)
+  best = _recurse(weights, bins, budget, lower, jnp.max)
   return _choose(
     weights,
-    budgets,
-    single._replace(root=together.root),
+    bins,
+    best._replace(root=total.root),
     lambda key, logits: jnp.argmax(logits),
     jax.random.key(0),  # Nothing is drawn.
   )
@@ -259,46 +286,66 @@ def log_weight(
 def log_prob(
   weights: LogWeights,
   space: search_space.SearchSpace,
-  budgets: cost_bins.CostBins,
-  budget: Int[Array, ''],
+  bins: cost_bins.CostBins,
+  budget: Cost,
   archs: search_space.Architecture,
+  lower: Cost | None = None,
 ) -> Float[Array, 'A']:
-  """Log p(a | cost <= budget) of a batch; its gradient is the exact score."""
+  """Log p(a | lower < cost <= budget); its gradient is the exact score.
+
+  Args:
+    weights: Output of a policy, or any other weights.
+    space: Search space of the architectures.
+    bins: Costs in bins.
+    budget: Upper bound in units of the cost table.
+    archs: Batch of A architectures, all within both bounds as `sample` draws
+      them.
+    lower: Lower bound, exclusive; None for none.
+  """
   log_weights = jax.vmap(lambda arch: log_weight(weights, space, arch))(archs)
-  return log_weights - log_partition(weights, budgets, budget)
+  return log_weights - log_partition(weights, bins, budget, lower)
 
 
 def decisions(
-  weights: LogWeights, budgets: cost_bins.CostBins, budget: Int[Array, '']
+  weights: LogWeights,
+  bins: cost_bins.CostBins,
+  budget: Cost,
+  lower: Cost | None = None,
 ) -> tuple[LogWeights, Float[Array, '']]:
-  """What the policy does given the budget, exactly, and how sure it is.
+  """Exact probability of each choice given the budget, and the entropy.
 
   For p(a) = exp(sum of the weights w_i that a uses) / Z the gradient of log Z
   is the probability of each decision, hence H = log Z - <w, grad log Z>.
+  Arguments are those of `log_partition`.
 
   Returns:
     The probability of every choice, and the entropy in nats. The choices of a
     layer sum to the probability that the layer is alive.
   """
-  log_z, chosen = jax.value_and_grad(log_partition)(weights, budgets, budget)
+  log_z, chosen = jax.value_and_grad(log_partition)(
+    weights, bins, budget, lower
+  )
   used = jax.tree.map(lambda w, p: jnp.sum(w * p), weights, chosen)
   return chosen, log_z - sum(used)
 
 
 def entropy(
-  weights: LogWeights, budgets: cost_bins.CostBins, budget: Int[Array, '']
+  weights: LogWeights,
+  bins: cost_bins.CostBins,
+  budget: Cost,
+  lower: Cost | None = None,
 ) -> Float[Array, '']:
-  """Entropy in nats of the policy given the budget, exactly."""
-  return decisions(weights, budgets, budget)[1]
+  """Exact entropy given the budget, in nats (see `decisions`)."""
+  return decisions(weights, bins, budget, lower)[1]
 
 
 def mass_near(
   weights: LogWeights,
-  budgets: cost_bins.CostBins,
-  budget: Int[Array, ''],
+  bins: cost_bins.CostBins,
+  budget: Cost,
   share: float = 0.01,
 ) -> Float[Array, '']:
   """Probability, given the budget, that a draw costs over (1 - share) of it."""
-  below = jnp.floor(budget * (1 - share)).astype(jnp.int32)
-  partitions = [log_partition(weights, budgets, b) for b in (below, budget)]
-  return 1 - jnp.exp(partitions[0] - partitions[1])
+  lower = jnp.floor(jnp.asarray(budget) * (1 - share)).astype(jnp.int32)
+  near = log_partition(weights, bins, budget, lower)
+  return jnp.exp(near - log_partition(weights, bins, budget))

@@ -1,33 +1,8 @@
-"""The architecture sampler: budget in, distribution over subnets out.
+"""The policy network: budget in, log-probabilities of every choice out.
 
-A factorized categorical policy, conditioned exactly on cost <= budget. All
-costs are additive (see `cost.py`), so the weight of all architectures within a
-budget is a sum that dynamic programming computes layer by layer. With b(e,h)
-and b(e,r) the cost of a choice in whole bins, the weight of spending exactly g
-bins in the first l layers of width e is
-
-    F(0, g) = 1 for g = 0, else 0
-    F(l+1, g) = sum_h p_l(h) sum_r p_l(r) F(l, g - b(e,h) - b(e,r))
-
-and with G(d,e) the bins that a budget leaves to depth d and width e,
-
-    p(cost <= budget) = sum_{d,e} p(d) p(e) sum_{g <= G(d,e)} F(d, g).
-
-Drawing depth and width in proportion to that sum's terms, then the bins spent,
-then each layer from the last to the first in proportion to what F leaves,
-draws exactly from the policy given the budget, and
-
-    log p(a | cost <= budget) = log p(a) - log p(cost <= budget).
-
-The maximum in place of the sums (Viterbi) gives the most probable architecture
-within a budget. Uniform weights draw uniformly among all of them. One
-recursion serves every depth, since layers are dropped from the end.
-
-The network, the recursion and the learning rule are this project's own; the
-FocusFormer paper (arXiv 2208.10861) describes its sampler in words alone.
-
-Letters: `D` depth choices, `E` embed choices, `H` head choices, `R` ratio
-choices, `L` layers, `G` bins.
+Its choices are independent; `conditional.py` conditions them on the budget. The
+network is this project's own choice: the FocusFormer paper (arXiv 2208.10861)
+describes its sampler in words alone.
 """
 
 import itertools
@@ -46,11 +21,12 @@ class Policy(nnx.Module):
   """An MLP from a budget to log-probabilities of every choice.
 
   Args:
-    space: the choices.
-    hidden: widths of the hidden layers.
-    frequencies: Fourier features of the budget, sin and cos of pi * k * u.
-    rngs: seeds of the initial parameters. The last layer starts at 0, so a new
-      policy is uniform over choices at every budget.
+    space: Search space with the choices.
+    hidden: Widths of the hidden layers.
+    frequencies: Number of Fourier features of the budget u: sin and cos of
+      pi * k * u for k from 1.
+    rngs: Random streams for the initial parameters. The last layer starts at 0,
+      so a new policy is uniform over choices at every budget.
   """
 
   def __init__(
@@ -79,10 +55,15 @@ class Policy(nnx.Module):
     )
 
   def _shapes(self) -> conditional.LogWeights:
+    """Shapes and dtypes of the outputs."""
     return jax.eval_shape(lambda: conditional.architecture_weights(self.space))
 
   def __call__(self, budget: Float[Array, '']) -> conditional.LogWeights:
-    """Log-probabilities at a budget normalized to [0, 1] (`normalize`)."""
+    """Log-probabilities of every choice.
+
+    Args:
+      budget: Budget normalized to [0, 1] (`CostBins.normalize`).
+    """
     angles = jnp.pi * jnp.arange(1, self.frequencies + 1) * budget
     x = jnp.concatenate([budget[None], jnp.sin(angles), jnp.cos(angles)])
     for layer in self.hidden:

@@ -1,6 +1,7 @@
-"""What the sampler is rewarded for, out of what its subnets scored.
+"""Rewards of the sampler, computed from the scores of its subnets.
 
-The paper's reward is not public; these are rivals of this project's choice.
+The reward of the FocusFormer paper is not public. The alternatives here are
+this project's choice.
 
 Letters: `K` budgets of one update, `M` subnets drawn at each.
 """
@@ -9,29 +10,33 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from focusformer_jax import config as config_lib
 
 # MnasNet's w for soft targets (arXiv 1807.11626, section 3.1).
 MNASNET_EXPONENT = -0.07
 
+# Rewards of one budget that differ less than this are not spread any further.
+# Losses are means in float32, so their rounding errors are about 1e-6.
+LEAST_SPREAD = 1e-4
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """Subnets of one update, all scored on the same held-out images.
+  """Scores of the subnets of one update, all on the same held-out images.
 
   Args:
-    loss_KM: mean cross-entropy.
-    accuracy_KM: share of images whose class was right.
-    cost_KM: in the units of the budgets' table.
-    budget_K: what each row was drawn for, likewise.
+    loss_KM: Mean cross-entropy in nats.
+    accuracy_KM: Share of images that are classified correctly.
+    cost_KM: Cost in units of the cost table.
+    budget_K: Budget that each row was drawn for, in the same units.
   """
 
   loss_KM: Float[Array, 'K M']
   accuracy_KM: Float[Array, 'K M']
-  cost_KM: Float[Array, 'K M']
-  budget_K: Float[Array, 'K']
+  cost_KM: Int[Array, 'K M']
+  budget_K: Int[Array, 'K']
 
 
 def loss(scored: Scored) -> Float[Array, 'K M']:
@@ -40,6 +45,7 @@ def loss(scored: Scored) -> Float[Array, 'K M']:
 
 
 def accuracy(scored: Scored) -> Float[Array, 'K M']:
+  """Accuracy: the target itself, in steps of one image."""
   return scored.accuracy_KM
 
 
@@ -50,10 +56,11 @@ def mnasnet(scored: Scored) -> Float[Array, 'K M']:
 
 
 def pareto(scored: Scored) -> Float[Array, 'K M']:
-  """Minus the share of all the other K * M subnets that dominate this one.
+  """Minus the share of the other K * M - 1 subnets that dominate a subnet.
 
-  One dominates another if neither its cost nor its loss is higher and one of
-  both is lower; counting them is the rank of Fonseca and Fleming (1993).
+  One subnet dominates another if neither its cost nor its loss is higher and at
+  least one of the two is lower. The count is the rank of Fonseca and Fleming
+  (1993).
   """
   loss_A, cost_A = scored.loss_KM.ravel(), scored.cost_KM.ravel()
 
@@ -77,15 +84,23 @@ REWARDS = {
 def advantages(
   settings: config_lib.Sampler, scored: Scored
 ) -> tuple[Float[Array, 'K M'], Float[Array, 'K M']]:
-  """Rewards as configured, and what each is above the others of its budget.
+  """Rewards as configured, and the advantage of each subnet at its budget.
 
-  Shares of the budget that are left unused, and those exceeded, cost reward:
-  with equal weights that is TuNAS's absolute reward (arXiv 2008.06120).
+  Unused shares of the budget and exceeded ones cost reward; with equal weights
+  that is TuNAS's absolute reward (arXiv 2008.06120).
 
   The baseline of each subnet is the mean reward of the other M - 1 (Kool et
-  al. 2019), which leaves the gradient unbiased. Divided by the spread at its
-  budget, if so configured, late rewards that hardly differ count as much as
-  early ones, and the entropy bonus keeps its weight beside them.
+  al. 2019), which leaves the gradient unbiased. With `scale_rewards`,
+  advantages are divided by the spread of rewards at their budget: late rewards
+  that hardly differ then count as much as early ones, and the entropy bonus
+  keeps its relative weight. Equal rewards give advantages of exactly 0.
+
+  Args:
+    settings: The section `config.sampler`.
+    scored: Scores of M subnets at each of K budgets.
+
+  Returns:
+    Rewards and advantages.
   """
   relative_KM = scored.cost_KM / scored.budget_K[:, None]
   reward_KM = REWARDS[settings.reward](scored)
@@ -93,8 +108,11 @@ def advantages(
   if settings.constraint == 'penalty':
     reward_KM -= settings.penalty * jax.nn.relu(relative_KM - 1)
   count = reward_KM.shape[1]
-  advantage_KM = reward_KM - reward_KM.mean(1, keepdims=True)
+  # The mean of equal numbers can be off by rounding, the mean of zeros cannot.
+  shifted_KM = reward_KM - reward_KM[:, :1]
+  advantage_KM = shifted_KM - shifted_KM.mean(1, keepdims=True)
   advantage_KM *= count / (count - 1)
   if settings.scale_rewards:
-    advantage_KM /= reward_KM.std(1, keepdims=True) + 1e-6
+    spread_K1 = shifted_KM.std(1, keepdims=True)
+    advantage_KM /= jnp.maximum(spread_K1, LEAST_SPREAD)
   return reward_KM, advantage_KM

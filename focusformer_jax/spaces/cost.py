@@ -1,14 +1,19 @@
 """Costs of a subnet as sums over its layers.
 
 Every cost is additive: cost(a) = stem(e) + sum over live layers of
-attention(e, h_l) + mlp(e, r_l). That form is what makes budgets exact in
-`policy.py`, and measured latency fits it as well as parameters do.
+attention(e, h_l) + mlp(e, r_l). This form makes exact budgets possible
+(`sampler/conditional.py`). MACs and parameters have it by definition, latency
+by a fit.
 
-Letters: `E` embed choices, `H` head choices, `R` ratio choices, `L` layers.
+Letters: `A` architectures, `E` embed choices, `H` head choices, `R` ratio
+choices.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,27 +29,31 @@ class CostTable:
 
   Args:
     name: 'macs', 'params' or 'latency'.
-    label: what they are called in tables: 'MACs', 'parameters', 'microseconds'.
-    depth: the space's depth choices.
-    stem_E: int64[E], all that is outside the layers.
-    attention_EH: int64[E,H], the attention half of one layer.
-    mlp_ER: int64[E,R], the MLP half of one layer.
+    label: Name in printed tables: 'MACs', 'parameters', 'microseconds'.
+    depth: Depth choices of the space.
+    stem_E: Cost of everything outside the layers, int64.
+    attention_EH: Cost of the attention half of one layer, int64.
+    mlp_ER: Cost of the MLP half of one layer, int64.
 
   Raises:
-    ValueError: a negative entry, or a range that 31 bits cannot count in
-      units of the entries' greatest common divisor.
+    ValueError: An entry is negative, a subnet costs nothing, or 31 bits cannot
+      count the highest cost in units of the entries' greatest common divisor.
   """
 
   name: str
   label: str
   depth: tuple[int, ...]
-  stem_E: np.ndarray
-  attention_EH: np.ndarray
-  mlp_ER: np.ndarray
+  stem_E: Int[np.ndarray, 'E']
+  attention_EH: Int[np.ndarray, 'E H']
+  mlp_ER: Int[np.ndarray, 'E R']
 
   def __post_init__(self):
     if min(t.min() for t in self._entries) < 0:
       raise ValueError(f'{self.name}: wanted costs of 0 or more')
+    if self.minimum < 1:
+      raise ValueError(
+        f'{self.name}: wanted a smallest subnet that costs at least 1, found 0'
+      )
     if self.maximum // self.unit >= 2**31:
       raise ValueError(
         f'{self.name}: {self.maximum} is too many units of {self.unit} for '
@@ -57,12 +66,12 @@ class CostTable:
 
   @functools.cached_property
   def unit(self) -> int:
-    """The greatest common divisor of all entries: costs are multiples of it."""
+    """Greatest common divisor of all entries, and thus of all costs."""
     return int(
       np.gcd.reduce(np.concatenate([t.ravel() for t in self._entries]))
     )
 
-  def _extreme(self, extreme, depth: int) -> int:
+  def _extreme(self, extreme: Callable[..., Any], depth: int) -> int:
     layer_E = extreme(self.attention_EH, axis=1) + extreme(self.mlp_ER, axis=1)
     return int(extreme(self.stem_E + depth * layer_E))
 
@@ -76,8 +85,13 @@ class CostTable:
     """The highest cost that a subnet of the space has."""
     return self._extreme(np.max, self.depth[-1])
 
-  def _sum(self, xp, entries, arch: search_space.Architecture):
-    """The cost with arrays of the module `xp`."""
+  def _sum(
+    self,
+    xp: types.ModuleType,
+    entries: Sequence[Any],
+    arch: search_space.Architecture,
+  ) -> Any:
+    """Adds up `entries` with arrays of the module `xp`, NumPy or JAX."""
     stem, attention, mlp = entries
     e = xp.asarray(arch.embed_dim)
     layers = xp.arange(arch.num_heads.shape[-1])
@@ -87,42 +101,43 @@ class CostTable:
     return stem[e] + xp.sum(xp.where(live, layer, 0), axis=-1)
 
   def units(self, arch: search_space.Architecture) -> Int[Array, '*A']:
-    """The cost of `arch` in multiples of `unit`, int32; `arch` may be traced.
+    """The cost of one architecture, or of a batch, in multiples of `unit`.
 
-    XLA has no 64-bit integers by default; in units the count is exact. A
-    leading axis of `arch` is a batch.
+    The count is an exact int32: XLA has no 64-bit integers by default. `arch`
+    may be traced.
     """
     entries = [jnp.asarray(t // self.unit, jnp.int32) for t in self._entries]
     return self._sum(jnp, entries, arch)
 
   def of_all(self, archs: search_space.Architecture) -> Int[np.ndarray, 'A']:
-    """The exact cost of each of a concrete batch, int64, on the host."""
+    """The exact costs of a concrete batch, int64, on the host."""
     return self._sum(np, self._entries, jax.tree.map(np.asarray, archs))
 
   def of(self, arch: search_space.Architecture) -> int:
     """The exact cost of one concrete architecture."""
-    return int(self.of_all(arch))
+    return int(self._sum(np, self._entries, jax.tree.map(np.asarray, arch)))
 
   def within(self, budget: float) -> int:
     """The largest whole number of units that does not exceed `budget`."""
     return int(budget // self.unit)
 
 
-def _choices(space: search_space.SearchSpace):
+def _choices(space: search_space.SearchSpace) -> tuple[np.ndarray, ...]:
+  """Widths [E] and [E,1], attention channels [1,H] and MLP widths [E,R]."""
   embed_E = np.array(space.embed_dim, np.int64)
-  channels_EH = np.array([space.num_heads], np.int64) * space.head_dim
-  return embed_E, embed_E[:, None], channels_EH, space.mlp_dims.astype(np.int64)
+  q_1H = np.array([space.num_heads], np.int64) * space.head_dim
+  return embed_E, embed_E[:, None], q_1H, space.mlp_dims.astype(np.int64)
 
 
 def macs(
   space: search_space.SearchSpace, geometry: search_space.Geometry
 ) -> CostTable:
-  """Multiply-adds of one image: every matrix product and convolution, once.
+  """Multiply-adds of one image, in all matrix products and convolutions.
 
-  Counted at patches + 1 tokens, the head once, without the relative-position
-  terms (`true_macs_without_relpos` of the reference data).
+  Attention runs over patches + 1 tokens. Relative-position terms do not count
+  (`true_macs_without_relpos` of the reference data).
   """
-  embed_E, embed_E1, q_EH, mlp_ER = _choices(space)
+  embed_E, embed_E1, q_1H, mlp_ER = _choices(space)
   n = geometry.num_tokens
   patch = geometry.channels * geometry.patch_size**2
   return CostTable(
@@ -130,7 +145,7 @@ def macs(
     label='MACs',
     depth=space.depth,
     stem_E=embed_E * (geometry.num_patches * patch + geometry.num_classes),
-    attention_EH=4 * n * embed_E1 * q_EH + 2 * n * n * q_EH,
+    attention_EH=4 * n * embed_E1 * q_1H + 2 * n * n * q_1H,
     mlp_ER=2 * n * embed_E1 * mlp_ER,
   )
 
@@ -139,7 +154,7 @@ def params(
   space: search_space.SearchSpace, geometry: search_space.Geometry
 ) -> CostTable:
   """Parameters of the extracted subnet, as the reference counts them."""
-  embed_E, embed_E1, q_EH, mlp_ER = _choices(space)
+  embed_E, embed_E1, q_1H, mlp_ER = _choices(space)
   patch = geometry.channels * geometry.patch_size**2
   # Patch embedding and its bias, class token and positions, final norm, head.
   stem_E = embed_E * (
@@ -152,6 +167,6 @@ def params(
     label='parameters',
     depth=space.depth,
     stem_E=stem_E + geometry.num_classes,
-    attention_EH=4 * q_EH * embed_E1 + 3 * q_EH + 3 * embed_E1 + tables,
+    attention_EH=4 * q_1H * embed_E1 + 3 * q_1H + 3 * embed_E1 + tables,
     mlp_ER=2 * embed_E1 * mlp_ER + mlp_ER + 3 * embed_E1,
   )

@@ -1,35 +1,59 @@
-"""The file of measured latencies: one schema, written and read here."""
+"""The file of measured latencies: one schema, written and read here.
 
+A table is a JSON object. `microseconds` has the time that a batch spends in
+`stem` [E], in the `attention` half of one layer [E,H] and in its `mlp` half
+[E,R], in whole microseconds. The other keys say what was measured: `space`,
+`geometry`, `dtype`, `batch_size`, and the device.
+
+Letters: `E` embed choices, `H` head choices, `R` ratio choices.
+"""
+
+from collections.abc import Mapping
 import json
 from typing import Any
 
 from etils import epath
 import numpy as np
 
+from focusformer_jax import atomic_files
 from focusformer_jax import errors
 from focusformer_jax.spaces import cost
 
+PARTS = ('stem', 'attention', 'mlp')
 
-def read(path: epath.Path, facts: dict[str, Any]) -> cost.CostTable:
-  """A table that `profile.py` measured, on this machine or another.
 
-  It counts whole microseconds that one batch takes.
+def write(
+  path: epath.Path,
+  microseconds: Mapping[str, np.ndarray],
+  facts: Mapping[str, Any],
+) -> None:
+  """Writes a table.
 
   Args:
-    path: of the JSON file.
-    facts: what the table must say of itself, by name.
+    path: Path of the JSON file.
+    microseconds: Integer array for each of the three parts.
+    facts: Everything else that the table records, by key; `read` needs some of
+      it.
+  """
+  entries = {name: microseconds[name].tolist() for name in PARTS}
+  atomic_files.write_json(path, {**facts, 'microseconds': entries})
+
+
+def read(path: epath.Path, facts: Mapping[str, Any]) -> cost.CostTable:
+  """Reads a table, measured on this machine or another one.
+
+  Args:
+    path: Path of the JSON file.
+    facts: Facts that the table must record, by key; `space` is one of them.
 
   Raises:
-    UserError: there is no such file, or it is a table of something else.
+    UserError: There is no such file, or it is a table of something else.
   """
   wish = 'config.sampler.latency: wanted a table that --mode=profile measured'
   try:
     table = json.loads(path.read_text())
     found = {name: table[name] for name in facts}
-    entries = {
-      name: np.array(table['microseconds'][name])
-      for name in ('stem', 'attention', 'mlp')
-    }
+    entries = {name: np.array(table['microseconds'][name]) for name in PARTS}
   except FileNotFoundError as error:
     raise errors.UserError(f'{wish}, found no {path}') from error
   except KeyError as error:
@@ -56,11 +80,14 @@ def read(path: epath.Path, facts: dict[str, Any]) -> cost.CostTable:
       f'{wish}, in whole microseconds of shapes {wanted}, found {shapes} in '
       f'{path}'
     )
-  return cost.CostTable(
-    name='latency',
-    label='microseconds',
-    depth=tuple(space['depth']),
-    stem_E=entries['stem'],
-    attention_EH=entries['attention'],
-    mlp_ER=entries['mlp'],
-  )
+  try:
+    return cost.CostTable(
+      name='latency',
+      label='microseconds',
+      depth=tuple(space['depth']),
+      stem_E=entries['stem'],
+      attention_EH=entries['attention'],
+      mlp_ER=entries['mlp'],
+    )
+  except ValueError as error:
+    raise errors.UserError(f'{wish}, found {error} in {path}') from error

@@ -1,16 +1,19 @@
-"""How a training step picks its subnets.
+"""Curricula: rules by which a training step picks its subnets.
 
 A curriculum is a function `draw(key, step, policy, score) -> S architectures`,
-traced into the training step.
+traced into the training step. `CURRICULA` has a factory for each.
 
-Letters: `A` architectures, `S` subnets of a training step.
+Letters: `A` architectures, `S` subnets of a training step, `D` depth choices,
+`E` embed choices, `H` head choices, `R` ratio choices, `L` layers, `K`
+candidates.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import optax
 
 from focusformer_jax import config as config_lib
@@ -25,10 +28,13 @@ Draw = Callable[
   [jax.Array, Int[Array, ''], policy_lib.Policy, Score],
   search_space.Architecture,
 ]
+Factory = Callable[
+  [config_lib.Settings, search_space.SearchSpace, cost_bins.CostBins], Draw
+]
 
 
 def warmup_steps(settings: config_lib.Settings) -> int:
-  """Steps before the sampler is trained and asked; all but for 'focus'."""
+  """Steps before the sampler is trained and used; all but for 'focus'."""
   if settings.curriculum.name != 'focus':
     return settings.train.steps
   return round(settings.curriculum.warmup * settings.train.steps)
@@ -45,85 +51,131 @@ def after_warmup(
 
 
 def wants_scores(settings: config_lib.Settings) -> bool:
-  """Whether draws look at held-out losses."""
+  """Whether draws depend on held-out losses."""
   return settings.curriculum.name == 'attentive'
 
 
 def make(
   settings: config_lib.Settings,
   space: search_space.SearchSpace,
-  budgets: cost_bins.CostBins,
+  bins: cost_bins.CostBins,
 ) -> Draw:
-  """The configured curriculum.
+  """Makes the configured curriculum."""
+  return CURRICULA[settings.curriculum.name](settings, space, bins)
 
-  'uniform' draws every choice uniformly, as AutoFormer does: costs pile up in
-  the middle. 'uniform_cost' gives each subnet a budget drawn uniformly between
-  the lowest and the highest cost, and draws it uniformly among the
-  architectures within that.
-  'sandwich' (BigNAS, arXiv 2003.11142) takes the largest, the smallest and
-  uniform draws for the rest; with distillation, where the largest trains on
-  all images in any case, the smallest and the rest.
-  'attentive' (AttentiveNAS, arXiv 2011.09011, which predicts accuracies where
-  this measures losses) gives each subnet a budget as 'uniform_cost' does, draws
-  `candidates` within it, and keeps the one of the lowest ('best') or highest
-  ('worst') held-out loss.
-  'focus' starts as 'uniform', for the share `warmup` of all steps; after that
-  each subnet gets a budget of its own and is drawn within it, from the policy
-  with probability 1 - epsilon and uniformly over architectures otherwise.
-  Epsilon moves in a straight line to `final_epsilon`.
+
+def uniform(
+  settings: config_lib.Settings,
+  space: search_space.SearchSpace,
+  bins: cost_bins.CostBins,
+) -> Draw:
+  """Draws every choice uniformly, as AutoFormer does.
+
+  The costs of the subnets pile up in the middle of their range.
   """
+  del bins
   count = settings.curriculum.subnets
-  candidates = settings.curriculum.candidates
-  warmup = warmup_steps(settings)
-  epsilon = after_warmup(
-    settings, settings.curriculum.epsilon, settings.curriculum.final_epsilon
-  )
 
-  def uniform(key, step, policy, score):
+  def draw(key, step, policy, score):
     del step, policy, score
     return jax.vmap(space.uniform)(jax.random.split(key, count))
 
-  def within_uniform_cost(key, how_many):
-    budget_key, draw_key = jax.random.split(key)
-    budget = budgets.draw(budget_key, 'linear')
-    return conditional.uniform_within(
-      draw_key, space, budgets, budget, how_many
-    )
+  return draw
 
-  def uniform_cost(key, step, policy, score):
+
+def uniform_cost(
+  settings: config_lib.Settings,
+  space: search_space.SearchSpace,
+  bins: cost_bins.CostBins,
+) -> Draw:
+  """Draws subnets uniformly within budgets that are uniform in the cost.
+
+  Each subnet has a budget of its own, between the lowest and the highest cost.
+  """
+  within_budgets = _within_uniform_budgets(settings, space, bins, 1)
+
+  def draw(key, step, policy, score):
     del step, policy, score
-    return _flatten(
-      jax.vmap(lambda key: within_uniform_cost(key, 1))(
-        jax.random.split(key, count)
-      )
-    )
+    return within_budgets(key)
 
-  def attentive(key, step, policy, score):
+  return draw
+
+
+def attentive(
+  settings: config_lib.Settings,
+  space: search_space.SearchSpace,
+  bins: cost_bins.CostBins,
+) -> Draw:
+  """Keeps the best or the worst of several candidates for each subnet.
+
+  Budgets are those of `uniform_cost`. Of `candidates` draws within a budget,
+  the one with the lowest ('best') or highest ('worst') held-out loss is kept.
+  AttentiveNAS (arXiv 2011.09011) predicts accuracies instead of measuring
+  losses.
+  """
+  count, candidates = (
+    settings.curriculum.subnets,
+    settings.curriculum.candidates,
+  )
+  pick = {'best': jnp.argmin, 'worst': jnp.argmax}[settings.curriculum.keep]
+  within_budgets = _within_uniform_budgets(settings, space, bins, candidates)
+
+  def draw(key, step, policy, score):
     del step, policy
-    drawn = _flatten(
-      jax.vmap(lambda key: within_uniform_cost(key, candidates))(
-        jax.random.split(key, count)
-      )
-    )
+    drawn = within_budgets(key)
     loss_SK = score(drawn).reshape(count, candidates)
-    pick = {'best': jnp.argmin, 'worst': jnp.argmax}[settings.curriculum.keep]
     kept_S = jnp.arange(count) * candidates + pick(loss_SK, 1)
     return jax.tree.map(lambda leaf: leaf[kept_S], drawn)
 
-  def sandwich(key, step, policy, score):
-    ends = [space.largest(), space.smallest()]
-    if settings.distillation.loss != 'none':
-      ends = ends[1:]
-    drawn = uniform(key, step, policy, score)
+  return draw
+
+
+def sandwich(
+  settings: config_lib.Settings,
+  space: search_space.SearchSpace,
+  bins: cost_bins.CostBins,
+) -> Draw:
+  """The largest, the smallest, and uniform draws for the rest.
+
+  The sandwich rule of BigNAS (arXiv 2003.11142). With distillation the largest
+  subnet trains on all images as the teacher, so only the smallest is fixed.
+  """
+  ends = [space.largest(), space.smallest()]
+  if settings.distillation.loss != 'none':
+    ends = ends[1:]
+  draw_uniformly = uniform(settings, space, bins)
+
+  def draw(key, step, policy, score):
+    drawn = draw_uniformly(key, step, policy, score)
     return jax.tree.map(
       lambda fixed, leaf: jnp.concatenate([fixed, leaf[len(ends) :]]),
       search_space.stack(ends),
       drawn,
     )
 
-  def focus_one(key, step, policy):
+  return draw
+
+
+def focus(
+  settings: config_lib.Settings,
+  space: search_space.SearchSpace,
+  bins: cost_bins.CostBins,
+) -> Draw:
+  """Draws subnets from the policy, each within a budget of its own.
+
+  For the share `warmup` of all steps it is `uniform`. After that, a subnet is
+  drawn from the policy with probability 1 - epsilon, otherwise uniformly over
+  architectures. Epsilon moves in a straight line to `final_epsilon`.
+  """
+  count = settings.curriculum.subnets
+  warmup = warmup_steps(settings)
+  epsilon = after_warmup(
+    settings, settings.curriculum.epsilon, settings.curriculum.final_epsilon
+  )
+
+  def draw_one(key, step, policy):
     budget_key, explore_key, draw_key = jax.random.split(key, 3)
-    budget = budgets.draw(budget_key, settings.sampler.budgets)
+    budget = bins.draw(budget_key, settings.sampler.budgets)
     explore = jax.random.uniform(explore_key) < epsilon(step)
     weights = _select(
       step < warmup,
@@ -131,41 +183,65 @@ def make(
       _select(
         explore,
         conditional.architecture_weights(space),
-        policy(budgets.normalize(budget)),
+        policy(bins.normalize(budget)),
       ),
     )
-    bound = jnp.where(step < warmup, budgets.range[1], budget)
-    drawn = conditional.sample(draw_key, weights, budgets, bound, 1)
+    bound = jnp.where(step < warmup, bins.range[1], budget)
+    drawn = conditional.sample(draw_key, weights, bins, bound, 1)
     return jax.tree.map(lambda leaf: leaf[0], drawn)
 
-  def focus(key, step, policy, score):
+  def draw(key, step, policy, score):
     del score
-    return jax.vmap(focus_one, (0, None, None))(
+    return jax.vmap(draw_one, (0, None, None))(
       jax.random.split(key, count), step, policy
     )
 
-  return {
-    'uniform': uniform,
-    'uniform_cost': uniform_cost,
-    'sandwich': sandwich,
-    'attentive': attentive,
-    'focus': focus,
-  }[settings.curriculum.name]
+  return draw
 
 
-def _flatten(archs: search_space.Architecture) -> search_space.Architecture:
-  """Batches of architectures as one batch."""
-  return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), archs)
+CURRICULA: dict[str, Factory] = {
+  'uniform': uniform,
+  'uniform_cost': uniform_cost,
+  'sandwich': sandwich,
+  'attentive': attentive,
+  'focus': focus,
+}
 
 
-def _select(condition: Float[Array, ''], yes, no):
+def _within_uniform_budgets(
+  settings: config_lib.Settings,
+  space: search_space.SearchSpace,
+  bins: cost_bins.CostBins,
+  candidates: int,
+) -> Callable[[jax.Array], search_space.Architecture]:
+  """Draws `candidates` architectures within each of S uniform budgets."""
+
+  def draw_one(key):
+    budget_key, draw_key = jax.random.split(key)
+    budget = bins.draw(budget_key, 'linear')
+    return conditional.uniform_within(draw_key, space, bins, budget, candidates)
+
+  def draw(key):
+    keys = jax.random.split(key, settings.curriculum.subnets)
+    drawn = jax.vmap(draw_one)(keys)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), drawn)
+
+  return draw
+
+
+def _select(condition: Bool[Array, ''], yes: Any, no: Any) -> Any:
+  """One of two pytrees of the same structure."""
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def count_choices(
   space: search_space.SearchSpace, archs: search_space.Architecture
 ) -> conditional.LogWeights:
-  """How often a batch of architectures makes each choice, live layers alone."""
+  """Counts how often a batch of architectures makes each choice.
+
+  Only live layers count. The result has the form of `LogWeights`, but its
+  entries are counts.
+  """
 
   def one_hot(indices, choices):
     return jax.nn.one_hot(indices, len(choices))

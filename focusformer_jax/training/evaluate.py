@@ -88,10 +88,8 @@ class Evaluator:
       policy: the sampler.
       budgets: whole costs, not below the smallest subnet's.
     """
-    table = self._experiment.cost_bins.table
-    return jax.device_get(
-      [self._propose(policy, np.int32(table.within(b))) for b in budgets]
-    )
+    bound = self._experiment.cost_bins.bound
+    return jax.device_get([self._propose(policy, bound(b)) for b in budgets])
 
   def draw(
     self,
@@ -110,7 +108,7 @@ class Evaluator:
     """
     if weights is None:
       weights = conditional.architecture_weights(self._experiment.space)
-    bound = np.int32(self._experiment.cost_bins.table.within(budget))
+    bound = self._experiment.cost_bins.bound(budget)
     archs = []
     while len(archs) < count:
       key = jax.random.key(int(rng.integers(2**31)))

@@ -103,12 +103,14 @@ class Experiment:
   def search_budgets(self) -> tuple[int, ...]:
     """The configured budgets, or six that span the range evenly in its log.
 
-    The lowest default leaves 20% above the smallest subnet: room for a choice.
+    The lowest default is 20% above the smallest subnet, or more where that
+    would leave no second subnet to choose.
     """
     table, configured = self.cost_bins.table, self.settings.search.budgets
     if configured:
       return tuple(int(b) for b in sorted(configured))
-    low = min(1.2 * table.minimum, table.maximum)
+    choice = self.cost_bins.lowest_budget(2) * table.unit
+    low = min(max(1.2 * table.minimum, choice), table.maximum)
     return tuple(int(b) for b in np.geomspace(low, table.maximum, 6).round())
 
   @functools.cached_property
