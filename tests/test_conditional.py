@@ -233,7 +233,8 @@ def test_windows_of_coarse_bins_keep_the_upper_bound(weights):
   # Rounding up adds less than a bin to each of two choices in two layers.
   slack = 2 * 2 * (COARSE.bin_E.max() - 1)
   held = lowers > 0
-  assert held.any() and not held.all()
+  assert held.any()
+  assert not held.all()
   assert (costs > lowers[:, None] - slack)[held].all()
   np.testing.assert_allclose(lowers[held], 0.8 * budgets[held], atol=1.01)
   assert (windowed <= total)[held].all()
