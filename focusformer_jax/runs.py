@@ -195,14 +195,10 @@ class Run:
 
   def _bound(self, budget: float) -> np.int32:
     """The budget in units of the cost table."""
-    table = self.experiment.cost_bins.table
-    if not budget >= table.minimum:
-      raise errors.UserError(
-        f'budget: wanted at least {table.minimum:,} {table.label}, the '
-        f'smallest subnet (the largest has {table.maximum:,}), found '
-        f'{budget:,.10g}'
-      )
-    return np.int32(table.within(min(budget, table.maximum)))
+    try:
+      return self.experiment.cost_bins.bound(budget)
+    except ValueError as error:
+      raise errors.UserError(f'budget: {error}') from error
 
 
 def train(settings: config_lib.Settings, workdir: epath.PathLike) -> Run:

@@ -140,8 +140,9 @@ def test_budget_above_the_range_is_its_upper_end(bins):
     assert bins.bound(budget) == bins.range[1]
     assert bins.bound(budget).dtype == np.int32
   assert bins.bound(table.minimum + 0.5) == bins.range[0]
-  with pytest.raises(ValueError, match='budget: wanted at least'):
-    bins.bound(table.minimum - 1)
+  for budget in (table.minimum - 1, float('nan')):
+    with pytest.raises(ValueError, match=r'wanted at least .* MACs, the small'):
+      bins.bound(budget)
 
 
 def test_budget_positions_round_trip(bins):

@@ -107,10 +107,10 @@ class CostBins:
       ValueError: The budget is below the lowest cost.
     """
     table = self.table
-    if budget < table.minimum:
+    if not budget >= table.minimum:
       raise ValueError(
-        f'budget: wanted at least {table.minimum:,} {table.label}, found '
-        f'{budget:,.10g}'
+        f'wanted at least {table.minimum:,} {table.label}, the smallest subnet '
+        f'(the largest has {table.maximum:,}), found {budget:,.10g}'
       )
     return np.int32(table.within(min(budget, table.maximum)))
 

@@ -288,16 +288,13 @@ def create(settings: config_lib.Settings, devices=None) -> Experiment:
       )
   dataset = datasets.open_dataset(settings.data, settings.augment.resized_crop)
   experiment = Experiment(settings, dataset, mesh)
-  table = experiment.cost_bins.table
   wanted = [('search.budgets', b) for b in settings.search.budgets]
   if settings.extract.budget:
     wanted.append(('extract.budget', settings.extract.budget))
   for key, budget in wanted:
-    if budget < table.minimum:
-      raise errors.UserError(
-        f'config.{key}: wanted at least {table.minimum:,} {table.label}, the '
-        f'smallest subnet (the largest has {table.maximum:,}), found '
-        f'{budget:,.10g}'
-      )
+    try:
+      experiment.cost_bins.bound(budget)
+    except ValueError as error:
+      raise errors.UserError(f'config.{key}: {error}') from error
   _ = experiment.extract_architecture  # Says what is wrong with it.
   return experiment
