@@ -49,6 +49,13 @@ def make_mesh(data: int, fsdp: int, devices=None) -> jax.sharding.Mesh:
   )
 
 
+def platform(mesh: jax.sharding.Mesh | None) -> str:
+  """'cpu', 'gpu' or 'tpu'; of the default device without a mesh."""
+  if mesh is None:
+    return jax.default_backend()
+  return mesh.devices.flat[0].platform
+
+
 def _spec(param, mesh: jax.sharding.Mesh) -> PartitionSpec:
   """The sharding of one parameter by the rule table."""
   axes = getattr(param, 'axes', ())

@@ -1,7 +1,8 @@
 import functools
+import re
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 from PIL import Image
 from PIL import ImageEnhance
@@ -10,7 +11,10 @@ import pytest
 from scipy import stats
 
 from focusformer_jax import config as config_lib
+from focusformer_jax import sharding
 from focusformer_jax.data import augment
+from focusformer_jax.data import randaugment
+from focusformer_jax.data import randaugment_tpu
 
 KEY = jax.random.key(0)
 FULL = config_lib.Augment(
@@ -24,7 +28,7 @@ FULL = config_lib.Augment(
   mean=(0.5, 0.4, 0.3),
   std=(0.2, 0.3, 0.25),
 )
-APPLY_OP = jax.jit(augment.apply_op)
+APPLY_OP = jax.jit(randaugment.apply_op)
 FILL = (7, 77, 177)
 # Pillow refuses to keep no bits at all, so strength 1 is checked by hand.
 STRENGTHS = (-0.95, -0.65, -0.3, 0.0, 0.15, 0.55, 0.9)
@@ -51,8 +55,8 @@ def affine(image, fill, matrix):
 
 
 def pillow(op, s, fill, image):
-  """`augment.apply_op` as timm does it, one call of Pillow for each op."""
-  op = augment.Op(op)
+  """`randaugment.apply_op` as timm does it, one call of Pillow for each op."""
+  op = randaugment.Op(op)
   width, height = image.size
   factor = max(0.1, 1 + 0.9 * s)
   values = range(256)
@@ -84,27 +88,86 @@ def pillow(op, s, fill, image):
   }[op]()
 
 
+def one_by_one(ops, strengths, fill, images):
+  """Every image runs its own op alone, as on a CPU."""
+  return randaugment.apply_ops(ops, strengths, fill, images, one_by_one=True)
+
+
+def side_by_side(ops, strengths, fill, images):
+  """Every image runs every op, as on a GPU."""
+  return randaugment.apply_ops(ops, strengths, fill, images, one_by_one=False)
+
+
+def tpu_kernel(ops, strengths, fill, images):
+  """The kernel for TPUs, interpreted."""
+  return randaugment_tpu.apply_ops(ops, strengths, fill, images, interpret=True)
+
+
+OPS_AND_STRENGTHS = tuple(
+  map(
+    np.ravel,
+    np.meshgrid(
+      np.arange(len(randaugment.Op)), np.float32(STRENGTHS), indexing='ij'
+    ),
+  )
+)
+
+
+@pytest.mark.parametrize('apply', [one_by_one, side_by_side, tpu_kernel])
 @pytest.mark.parametrize('channels', [1, 3])
-def test_every_op_is_pillows(channels):
+def test_every_op_is_within_one_level_of_pillow(channels, apply):
   image = photographs(1, 16, 32, channels)[0] // 2 + 30
   fill = FILL[:channels]
-  ops, strengths = map(
-    np.ravel, np.meshgrid(np.arange(len(augment.Op)), STRENGTHS, indexing='ij')
-  )
-  apply = jax.jit(jax.vmap(augment.apply_op, in_axes=(0, 0, None, None)))
+  ops, strengths = OPS_AND_STRENGTHS
+  images = np.tile(image, (len(ops), 1, 1, 1))
   found = np.asarray(
-    apply(ops, strengths.astype(np.float32), np.float32(fill), image)
+    jax.jit(apply)(ops[:, None], strengths[:, None], np.float32(fill), images)
   )
   original = Image.fromarray(image[..., 0] if channels == 1 else image)
   for op, s, ours in zip(ops, strengths, found):
-    theirs = pillow(op, s, fill if channels == 3 else fill[0], original)
+    theirs = pillow(op, float(s), fill if channels == 3 else fill[0], original)
     np.testing.assert_allclose(
       ours.astype(int),
       np.asarray(theirs).reshape(image.shape).astype(int),
       atol=1,
-      err_msg=f'{augment.Op(op).name} at {s}',
+      err_msg=f'{randaugment.Op(op).name} at {s}',
     )
 
+
+@pytest.mark.parametrize('shape', [(28, 20), (9, 40), (40, 9)])
+def test_tpu_kernel_is_within_one_level_for_any_shape(shape):
+  ops, strengths = OPS_AND_STRENGTHS
+  images = np.tile(photographs(1, *shape), (len(ops), 1, 1, 1))
+  operands = ops[:, None], strengths[:, None], np.float32(FILL), images
+  found, wanted = (
+    np.asarray(jax.jit(apply)(*operands)).astype(int)
+    for apply in (tpu_kernel, one_by_one)
+  )
+  np.testing.assert_allclose(found, wanted, atol=1)
+  # Interpolation alone rounds otherwise, and rarely.
+  assert np.mean(found != wanted) < 0.002
+
+
+def test_platforms_agree_on_two_ops_in_a_row():
+  ops = np.random.default_rng(1).integers(0, len(randaugment.Op), (32, 2))
+  # No interpolation, so no rounding: all agree to the bit.
+  moved = (
+    randaugment.Op.ROTATE,
+    randaugment.Op.SHEAR_X,
+    randaugment.Op.SHEAR_Y,
+  )
+  ops[np.isin(ops, moved)] = randaugment.Op.TRANSLATE_X
+  strengths = np.full((32, 2), 1 / 1.8, np.float32)  # 2 pixels of 8.
+  operands = ops, strengths, np.float32(FILL), photographs(32)
+  wanted, *others = (
+    np.asarray(jax.jit(apply)(*operands))
+    for apply in (one_by_one, side_by_side, tpu_kernel)
+  )
+  for found in others:
+    np.testing.assert_array_equal(found, wanted)
+
+
+TPU_KERNEL = jax.jit(tpu_kernel)
 
 # Rows of 0, 16, 32, 48; 64, 80, ...
 STAIRS = (16 * np.arange(16, dtype=np.uint8)).reshape(4, 4, 1)
@@ -161,11 +224,14 @@ HALVES = np.repeat([10, 200], 256).astype(np.uint8).reshape(16, 32, 1)
   ],
 )
 def test_op_by_hand(op, strength, image, expected):
-  found = APPLY_OP(
-    augment.Op[op], np.float32(strength), np.full(1, 99.0), image
-  )
+  drawn = randaugment.Op[op], np.float32(strength)
+  fill = np.full(1, 99.0, np.float32)
   expected = np.asarray(expected).reshape(image.shape)
-  np.testing.assert_array_equal(found, expected)
+  np.testing.assert_array_equal(APPLY_OP(*drawn, fill, image), expected)
+  drawn = (np.full((1, 1), value) for value in drawn)
+  np.testing.assert_array_equal(
+    TPU_KERNEL(*drawn, fill, image[None])[0], expected
+  )
 
 
 def test_ops_are_drawn_equally_often_and_half_of_the_time():
@@ -173,7 +239,7 @@ def test_ops_are_drawn_equally_often_and_half_of_the_time():
   recipe = config_lib.Augment(randaugment_magnitude=9.0, randaugment_std=0.5)
   draw = jax.jit(jax.vmap(functools.partial(augment.draw_op, recipe)))
   ops, strengths = map(np.asarray, draw(jax.random.split(KEY, count)))
-  counts = np.bincount(ops, minlength=len(augment.Op))
+  counts = np.bincount(ops, minlength=len(randaugment.Op))
   assert abs(counts[0] / count - 0.5) < 0.015
   assert stats.chisquare(counts[1:]).pvalue > 0.01
   assert abs(np.mean(strengths > 0) - 0.5) < 0.015
@@ -320,24 +386,42 @@ def test_mixed_labels_follow_the_pixels():
   assert abs(uniform[:, 0].var() - 1 / (4 * (2 * 0.8 + 1))) < 0.01
 
 
-def test_partner_is_the_mirror_in_the_batch():
+def test_partner_in_mixup_is_the_neighbor():
   images = np.arange(0, 60, 10, dtype=np.uint8).reshape(6, 1, 1, 1)
   images = np.tile(images, (1, 4, 4, 1))
   labels = np.arange(6)
   recipe = config_lib.Augment(mixup=1.0, label_smoothing=0.3)
   found, targets = run(recipe, images, labels, num_classes=6)
-  # Each class is now a share of its own image and of its mirror.
+  # Each class is now a share of its own image and of its neighbor.
   share = targets[0, 0] - 0.05
   own = share / (1 - 0.3)
   assert 0.01 < own < 0.99
-  expected = own * images + (1 - own) * images[::-1]
+  partner = [1, 0, 3, 2, 5, 4]
+  expected = own * images + (1 - own) * images[partner]
   np.testing.assert_allclose(found * 255, expected, atol=1e-3)
   # timm's on and off values: 1 - 0.3 + 0.3 / 6 and 0.3 / 6.
   hot = np.full((6, 6), 0.05)
   hot[labels, labels] = 0.75
   np.testing.assert_allclose(
-    targets, own * hot + (1 - own) * hot[::-1], atol=1e-6
+    targets, own * hot + (1 - own) * hot[partner], atol=1e-6
   )
+
+
+def test_last_image_of_an_odd_batch_has_no_partner():
+  found = augment.swap_neighbors(np.arange(5))
+  np.testing.assert_array_equal(found, [1, 0, 3, 2, 4])
+
+
+@pytest.mark.parametrize('concentration', [0.8, 1.0, 8.0])
+def test_mixing_weight_is_beta_distributed(concentration):
+  uniform = jax.random.uniform(KEY, (100_000,))
+  draw = jax.vmap(lambda u: augment._draw_beta(u, concentration))
+  found = np.asarray(draw(uniform))
+  wanted = stats.beta(concentration, concentration)
+  assert stats.kstest(found, wanted.cdf).pvalue > 0.01
+  # Between two quantiles the table is off by less than their probability.
+  cdf = wanted.cdf(found.astype(np.float64))
+  assert np.abs(cdf - uniform).max() < 1 / augment.QUANTILES
 
 
 def test_a_key_is_a_batch_on_any_number_of_devices():
@@ -348,21 +432,22 @@ def test_a_key_is_a_batch_on_any_number_of_devices():
   other = on_one(jax.random.key(1), images, labels)
   assert np.mean(np.asarray(one[0]) != np.asarray(other[0])) > 0.5
 
-  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
-  split = NamedSharding(mesh, PartitionSpec('data'))
+  mesh = sharding.make_mesh(4, 2)
+  split = NamedSharding(mesh, sharding.BATCH)
   whole = NamedSharding(mesh, PartitionSpec())
   on_eight = jax.jit(
-    step, in_shardings=(whole, split, split), out_shardings=split
+    functools.partial(step, mesh=mesh),
+    in_shardings=(whole, split, split),
+    out_shardings=split,
   )
   on_eight = on_eight.lower(KEY, images, labels).compile()
   inputs = jax.device_put((KEY, images, labels), (whole, split, split))
   for batch in (on_one(KEY, images, labels), on_eight(*inputs)):
     np.testing.assert_array_equal(batch[0], one[0])
     np.testing.assert_array_equal(batch[1], one[1])
-  # Only mixing moves anything, and never a whole batch to every device.
+  # No image leaves its device.
   program = on_eight.as_text()
-  assert 'all-gather' not in program
-  assert 'all-reduce' not in program
+  assert not re.search(r'all-\w+\(|collective-\w+\(', program)
 
 
 def test_compiled_is_eager():

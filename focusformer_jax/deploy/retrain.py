@@ -350,6 +350,7 @@ def retrain_step(
     batch['image'],
     batch['label'],
     experiment.dataset.num_classes,
+    experiment.mesh,
   )
 
   def loss_fn(network):

@@ -61,6 +61,7 @@ def supernet_step(
     batch['image'],
     batch['label'],
     experiment.geometry.num_classes,
+    experiment.mesh,
   )
 
   largest = search_space.stack([experiment.space.largest()])
