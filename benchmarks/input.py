@@ -48,6 +48,7 @@ from focusformer_jax import sharding
 from focusformer_jax.data import augment
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
+from focusformer_jax.data import image_decoding
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import steps
 
@@ -137,6 +138,7 @@ def augmentation(config, images: int, rounds: int) -> tuple[float, float]:
     classes=tuple(map(str, range(classes))),
     channels=3,
     encoded=False,
+    center_crop=1.0,
     open_split=None,
     splits=(),
     contents={},
@@ -198,7 +200,9 @@ def main():
     f'{len(raw)} JPEGs of {np.mean([len(e) for e in encoded]) / 1e3:.0f} kB, '
     f'{CORES} cores'
   )
-  jpegs = datasets.Encoded(raw, SIZE, 3, AREA)
+  jpegs = datasets.Encoded(
+    raw, range(len(raw)), SIZE, 3, AREA, image_decoding.CENTER_SHARE
+  )
   rng = np.random.default_rng(0)
   small = datasets.Arrays(
     rng.integers(0, 256, (50_000, 32, 32, 3), np.uint8),

@@ -1,28 +1,35 @@
-import io
+"""Data sets and batches: splits, order, views, processes, error messages."""
 
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+import zlib
+
+import cv2
 import numpy as np
 from PIL import Image
 import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
 
-from configs import cifar100
 from configs import digits
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
+from focusformer_jax.training import train
+from tests.conftest import ROOT
+
+AREA = (0.1, 0.5)
 
 
 def data_settings(**changes) -> config_lib.Data:
   config = digits.get_config('smoke')
-  with config.unlocked():
+  with config.unlocked(), config.ignore_type():
     config.data.update(changes)
   return config_lib.parse(config).data
-
-
-@pytest.fixture(scope='module')
-def dataset(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('tfds')
-  return datasets.open_dataset(data_settings(dir=str(folder)))
 
 
 def numbered(count: int) -> datasets.Arrays:
@@ -31,7 +38,81 @@ def numbered(count: int) -> datasets.Arrays:
   return datasets.Arrays(numbers.astype(np.uint8)[:, None, None, None], numbers)
 
 
-def test_digits_are_the_real_ones(dataset):
+class _Noise(tfds.core.GeneratorBasedBuilder):
+  """Synthetic: 20 gray images of noise for training, 4 for the test."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  SHAPE = None
+  SIZES = None
+
+  def _info(self):
+    features = {
+      'image': tfds.features.Image(shape=(*self.SHAPE, 1)),
+      'label': tfds.features.ClassLabel(num_classes=2),
+    }
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager):
+    return {
+      'train': self._generate_examples(20),
+      'test': self._generate_examples(4),
+    }
+
+  def _generate_examples(self, count):
+    rng = np.random.default_rng(count)
+    for i in range(count):
+      size = (*rng.integers(*self.SIZES, 2, endpoint=True), 1)
+      image = rng.integers(0, 256, size, np.uint8)
+      yield i, {'image': image, 'label': i % 2}
+
+
+class NoiseOfOneSize(_Noise):
+  SHAPE, SIZES = (28, 28), (28, 28)
+
+
+class NoiseOfManySizes(_Noise):
+  SHAPE, SIZES = (None, None), (20, 30)
+
+
+@pytest.fixture(scope='module')
+def noise_dir(tmp_path_factory) -> str:
+  folder = str(tmp_path_factory.mktemp('tfds'))
+  for builder in (NoiseOfOneSize, NoiseOfManySizes):
+    builder(data_dir=folder, file_format='array_record').download_and_prepare()
+  return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for split, count in (('train', 10), ('test', 3)):
+    for label in ('cat', 'dog'):
+      (tmp_path / split / label).mkdir(parents=True)
+      for i in range(count):
+        shade = 100 * (label == 'dog') + 10 * i
+        image = Image.new('RGB', (9, 7), (shade, shade, shade))
+        image.putpixel((4, 3), (255, 255, 255))
+        image.save(tmp_path / split / label / f'{i}.png')
+  return tmp_path
+
+
+def images_of(batches) -> list[bytes]:
+  """Images of some batches without padding, in an order of their own."""
+  return sorted(
+    image.tobytes()
+    for batch in batches
+    for image, weight in zip(batch['image'], batch['weight'], strict=True)
+    if weight
+  )
+
+
+@pytest.fixture(scope='module')
+def dataset():
+  return datasets.open_dataset(data_settings())
+
+
+def test_digits_are_scikit_learns(dataset):
   from sklearn import datasets
 
   digits = datasets.load_digits()
@@ -45,6 +126,24 @@ def test_digits_are_the_real_ones(dataset):
   assert np.array_equal(order(ours), order(theirs))
 
 
+def test_digits_keep_the_order_of_the_set_that_tfds_prepared(dataset):
+  # Checksums of the splits of data set and version before, read by TFDS.
+  wanted = {
+    'train': (528101446, 3862377696),
+    'heldout': (2508810929, 4060488654),
+    'test': (2998951747, 3770976387),
+  }
+  for name, checksums in wanted.items():
+    split = dataset.split(name)
+    arrays = split.image, split.label
+    assert tuple(zlib.crc32(a.tobytes()) for a in arrays) == checksums
+  assert dataset.contents == {
+    'version': '1.0.0',
+    'classes': 10,
+    'images': {'train': 1437, 'test': 360},
+  }
+
+
 def test_splits_are_stable_and_disjoint(dataset):
   train, heldout, test = (
     {image.tobytes() for image in dataset.split(name).image}
@@ -56,7 +155,181 @@ def test_splits_are_stable_and_disjoint(dataset):
   assert np.array_equal(again.label, dataset.split('heldout').label)
 
 
-def test_an_epoch_shows_each_image_once_and_the_next_another_order():
+def part_sizes(count: int, heldout: float) -> tuple[int, int]:
+  dataset = datasets.Dataset(
+    name='numbered',
+    classes=('a',),
+    channels=1,
+    encoded=False,
+    center_crop=1.0,
+    open_split=lambda name: numbered(count),
+    splits=('train', 'test'),
+    contents={},
+    heldout=heldout,
+    test='test',
+  )
+  train, heldout = dataset.split('train').label, dataset.split('heldout').label
+  assert np.array_equal(np.concatenate([train, heldout]), np.arange(count))
+  return len(train), len(heldout)
+
+
+@pytest.mark.parametrize(
+  'count, heldout, wanted',
+  [
+    (1000, 0.015, (985, 15)),
+    (1000, 0.125, (875, 125)),
+    (60_000, 1 / 3, (40_000, 20_000)),
+  ],
+)
+def test_heldout_share_is_not_rounded_to_percents(count, heldout, wanted):
+  assert part_sizes(count, heldout) == wanted
+
+
+@pytest.mark.parametrize('count', [250, 1437, 50_000, 60_000])
+def test_heldout_percents_split_as_tfds_does(count):
+  for percent in range(1, 91):
+    # `closest` rounding of tensorflow_datasets/core/splits.py.
+    wanted = round((100 - percent) * count / 100.0)
+    assert part_sizes(count, percent / 100)[0] == wanted
+
+
+@pytest.mark.parametrize('kind', ['digits', 'tfds', 'folder'])
+def test_heldout_images_are_seen_as_in_evaluation(
+  kind, folder, noise_dir, experiment
+):
+  changes = {
+    'digits': {'image_size': 8},
+    'tfds': {'name': 'noise_of_many_sizes', 'dir': noise_dir},
+    'folder': {'name': 'image_folder', 'dir': str(folder), 'image_size': 4},
+  }[kind]
+  dataset = datasets.open_dataset(data_settings(heldout=0.2, **changes), AREA)
+  size = len(dataset.split('heldout'))
+  settings = experiment.settings
+  run = dataclasses.replace(
+    experiment,
+    dataset=dataset,
+    settings=dataclasses.replace(
+      settings,
+      data=dataclasses.replace(settings.data, batch_size=4),
+      sampler=dataclasses.replace(settings.sampler, batch_size=size),
+    ),
+  )
+  streams = train.open_streams(run)
+  wanted = images_of(batches_lib.eval_batches(dataset.split('heldout'), 4))
+  assert images_of([next(streams['heldout'])]) == wanted
+  # Training images are cropped at random, where they are encoded.
+  seen = images_of(batches_lib.eval_batches(dataset.split('train'), 4))
+  uncropped = set(images_of([next(streams['train'])])) <= set(seen)
+  assert uncropped == (kind == 'digits')
+
+
+def resized(images_BHWC, size: int):
+  return np.stack([cv2.resize(i, (size, size)) for i in images_BHWC])[..., None]
+
+
+def test_images_of_one_size_are_resized_whole(dataset, noise_dir):
+  larger = datasets.open_dataset(data_settings(image_size=12))
+  test = next(batches_lib.eval_batches(larger.split('test'), 360))
+  assert larger.center_crop == 1
+  assert np.array_equal(test['image'], resized(dataset.split('test').image, 12))
+  own, larger = (
+    datasets.open_dataset(
+      data_settings(name='noise_of_one_size', dir=noise_dir, image_size=size)
+    )
+    for size in (28, 32)
+  )
+  batch = next(batches_lib.eval_batches(larger.split('test'), 4))
+  assert larger.center_crop == 1
+  assert np.array_equal(batch['image'], resized(own.split('test').image, 32))
+  varied = datasets.open_dataset(
+    data_settings(name='noise_of_many_sizes', dir=noise_dir)
+  )
+  assert varied.center_crop == 7 / 8
+
+
+def test_reading_needs_no_tensorflow(folder, noise_dir):
+  script = """
+import dataclasses, importlib.machinery, json, sys
+from absl import flags
+from configs import digits
+from focusformer_jax import config as config_lib
+from focusformer_jax.data import batches, datasets
+
+heavy = {'tensorflow', 'tensorflow_datasets', 'cv2', 'sklearn'}
+loaded = sorted(heavy & set(sys.modules))
+
+class WithoutTensorflow(importlib.machinery.PathFinder):
+  @classmethod
+  def find_spec(cls, name, *rest):
+    return None if name == 'tensorflow' else super().find_spec(name, *rest)
+
+place = sys.meta_path.index(importlib.machinery.PathFinder)
+sys.meta_path[place] = WithoutTensorflow
+flags.FLAGS.mark_as_parsed()
+settings = config_lib.parse(digits.get_config('smoke')).data
+shapes = []
+for name, folder, size in json.loads(sys.argv[1]):
+  dataset = datasets.open_dataset(
+    dataclasses.replace(settings, name=name, dir=folder, image_size=size)
+  )
+  stream = batches.train_batches(dataset.split('train'), 4, seed=0)
+  shapes.append(next(stream)['image'].shape)
+print(json.dumps([loaded, shapes]))
+"""
+  sets = [
+    ('sklearn_digits', None, 8),
+    ('sklearn_digits', None, 12),
+    ('noise_of_one_size', noise_dir, 28),
+    ('noise_of_many_sizes', noise_dir, 16),
+    ('image_folder', str(folder), 4),
+  ]
+  run = subprocess.run(
+    [sys.executable, '-c', script, json.dumps(sets)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert run.returncode == 0, run.stderr
+  loaded, shapes = json.loads(run.stdout)
+  assert loaded == []
+  assert [s[1] for s in shapes] == [8, 12, 28, 16, 4]
+
+
+def test_preparing_without_tensorflow_is_one_line(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'tensorflow', None)
+  settings = data_settings(name='cifar100', dir=str(tmp_path))
+  with pytest.raises(errors.UserError) as error:
+    datasets.open_dataset(settings)
+  assert str(error.value) == (
+    f'config.data.name: wanted cifar100 in {tmp_path}, found none there and no '
+    'TensorFlow to prepare it with; `pip install tensorflow-cpu`, or run `tfds '
+    'build cifar100 --file_format=array_record` elsewhere and set '
+    'config.data.dir'
+  )
+
+
+class NoiseFromNowhere(_Noise):
+  SHAPE, SIZES = (28, 28), (28, 28)
+
+  def _split_generators(self, dl_manager):
+    dl_manager.download('http://localhost:9/noise.tar.gz')  # Refused.
+
+
+def test_data_set_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
+  monkeypatch.setattr(downloader, 'MAX_RETRIES', 0)
+  monkeypatch.setenv('no_proxy', 'localhost')
+  settings = data_settings(name='noise_from_nowhere', dir=str(tmp_path))
+  with pytest.raises(errors.UserError) as error:
+    datasets.open_dataset(settings)
+  assert str(error.value) == (
+    f'config.data.name: wanted noise_from_nowhere in {tmp_path}, found none '
+    'there and no connection to localhost; run `tfds build noise_from_nowhere '
+    '--file_format=array_record` where there is a network and set '
+    'config.data.dir'
+  )
+
+
+def test_epochs_show_each_image_once_in_different_orders():
   batches = batches_lib.train_batches(numbered(30), 10, seed=0)
   epochs = [[next(batches)['label'] for _ in range(3)] for _ in range(2)]
   for epoch in epochs:
@@ -64,7 +337,7 @@ def test_an_epoch_shows_each_image_once_and_the_next_another_order():
   assert not np.array_equal(epochs[0], epochs[1])
 
 
-def test_a_seed_is_an_order():
+def test_order_depends_on_the_seed_alone():
   one, same, other = (
     next(batches_lib.train_batches(numbered(30), 10, seed))['label']
     for seed in (0, 0, 1)
@@ -73,7 +346,7 @@ def test_a_seed_is_an_order():
   assert not np.array_equal(one, other)
 
 
-def test_batches_go_on_at_any_position():
+def test_position_resumes_batches():
   batches = batches_lib.train_batches(numbered(30), 8, seed=0)
   for _ in range(5):
     next(batches)
@@ -85,7 +358,7 @@ def test_batches_go_on_at_any_position():
   assert np.array_equal([next(resumed)['label'] for _ in range(4)], wanted)
 
 
-def test_processes_share_a_batch_in_order():
+def test_processes_read_consecutive_parts_of_a_batch():
   whole = next(batches_lib.train_batches(numbered(30), 8, 0))['label']
   parts = [
     next(batches_lib.train_batches(numbered(30), 8, 0, index, 4))['label']
@@ -105,29 +378,15 @@ def test_evaluation_counts_each_example_once(count):
 
 
 @pytest.mark.parametrize(
-  'changes, message',
-  [
-    ({'name': 'no_such_set'}, 'config.data.name: wanted the name of a TFDS'),
-  ],
+  'name, end', [('cifar1000', '; did you mean cifar100?'), ('n0_such', '')]
 )
-def test_a_wrong_data_set_is_named(changes, message):
-  with pytest.raises(errors.UserError, match=message):
-    datasets.open_dataset(data_settings(**changes))
-
-
-def test_a_data_set_that_cannot_be_had(tmp_path, monkeypatch):
-  config = config_lib.parse(cifar100.get_config('smoke')).data
-
-  def no_network(self):
-    raise ConnectionError('no route to host')
-
-  monkeypatch.setattr(
-    datasets.tfds.core.DatasetBuilder, 'download_and_prepare', no_network
+def test_unknown_data_set_is_refused(name, end, tmp_path):
+  with pytest.raises(errors.UserError) as error:
+    datasets.open_dataset(data_settings(name=name, dir=str(tmp_path)))
+  assert str(error.value) == (
+    'config.data.name: wanted the name of a TFDS data set, sklearn_digits or '
+    f'image_folder, found {name!r}{end}'
   )
-  with pytest.raises(errors.UserError, match='tfds build cifar100') as error:
-    datasets.open_dataset(config)
-  assert 'config.data.dir' in str(error.value)
-  assert '\n' not in str(error.value)
 
 
 def photographs(count: int) -> datasets.Encoded:
@@ -138,10 +397,17 @@ def photographs(count: int) -> datasets.Encoded:
     pixels = rng.integers(0, 256, (12, 10, 3), np.uint8)
     Image.fromarray(pixels).save(target, 'PNG')
     examples.append({'image': target.getvalue(), 'label': i})
-  return datasets.Encoded(examples, image_size=8, channels=3, crop=(0.3, 1.0))
+  return datasets.Encoded(
+    examples,
+    indices=range(count),
+    image_size=8,
+    channels=3,
+    crop=(0.3, 1.0),
+    center_crop=7 / 8,
+  )
 
 
-def test_encoded_images_are_cropped_anew_each_epoch():
+def test_random_crops_differ_between_epochs():
   batches = batches_lib.train_batches(photographs(4), 4, seed=0)
   first, second = next(batches), next(batches)
   assert first['image'].shape == (4, 8, 8, 3)
@@ -151,7 +417,7 @@ def test_encoded_images_are_cropped_anew_each_epoch():
   assert not np.array_equal(one, other)
 
 
-def test_crops_do_not_depend_on_the_number_of_processes():
+def test_random_crops_do_not_depend_on_the_number_of_processes():
   whole = next(batches_lib.train_batches(photographs(8), 8, 0))['image']
   parts = [
     next(batches_lib.train_batches(photographs(8), 8, 0, index, 2))['image']
@@ -160,7 +426,7 @@ def test_crops_do_not_depend_on_the_number_of_processes():
   assert np.array_equal(np.concatenate(parts), whole)
 
 
-def test_any_number_of_workers_reads_the_same_and_goes_on():
+def test_workers_do_not_change_batches():
   threads = batches_lib.train_batches(photographs(30), 8, seed=0)
   wanted = [next(threads)['image'] for _ in range(6)]
   batches = batches_lib.train_batches(photographs(30), 8, seed=0, workers=2)
@@ -171,7 +437,7 @@ def test_any_number_of_workers_reads_the_same_and_goes_on():
   assert np.array_equal(found, wanted)
 
 
-def test_repeats_stand_apart_and_differ():
+def test_repeats_are_apart_and_cropped_differently():
   batch = next(batches_lib.train_batches(photographs(8), 8, seed=0, repeats=2))
   labels, images = batch['label'], batch['image']
   assert len(set(labels)) == 4
@@ -179,26 +445,14 @@ def test_repeats_stand_apart_and_differ():
   assert not np.array_equal(images[:4], images[4:])
 
 
-def test_evaluation_looks_at_the_center():
+def test_evaluation_is_deterministic_and_pads_with_weight_0():
   batches = list(batches_lib.eval_batches(photographs(3), 2))
   assert [b['weight'].tolist() for b in batches] == [[1, 1], [1, 0]]
   again = list(batches_lib.eval_batches(photographs(3), 2))
   assert np.array_equal(batches[0]['image'], again[0]['image'])
 
 
-@pytest.fixture
-def folder(tmp_path):
-  for split, count in (('train', 10), ('test', 3)):
-    for label in ('cat', 'dog'):
-      (tmp_path / split / label).mkdir(parents=True)
-      for i in range(count):
-        shade = 100 * (label == 'dog') + 10 * i
-        image = Image.new('RGB', (9, 7), (shade, shade, shade))
-        image.save(tmp_path / split / label / f'{i}.png')
-  return tmp_path
-
-
-def test_an_image_folder_is_a_data_set(folder):
+def test_image_folder_has_splits_and_classes(folder):
   settings = data_settings(
     name='image_folder', dir=str(folder), image_size=4, heldout=0.2
   )
@@ -219,7 +473,7 @@ def test_an_image_folder_is_a_data_set(folder):
   assert all((shade >= 100) == label for label, shade in shades['test'])
 
 
-def test_a_folder_that_is_none_is_named(folder):
+def test_wrong_image_folder_is_refused(folder):
   for changes, message in (
     ({'dir': None}, 'config.data.dir: wanted the folder'),
     ({'dir': str(folder / 'train')}, 'wanted folders train and test'),
@@ -229,6 +483,15 @@ def test_a_folder_that_is_none_is_named(folder):
       datasets.open_dataset(settings)
 
 
-def test_too_large_a_batch_is_refused():
-  with pytest.raises(errors.UserError, match='at most the 4 images'):
-    batches_lib.train_batches(numbered(4), 8, seed=0)
+@pytest.mark.parametrize('section', ['data', 'sampler'])
+def test_too_large_a_batch_names_its_key(section, experiment):
+  part = dataclasses.replace(
+    getattr(experiment.settings, section), batch_size=10_000
+  )
+  settings = dataclasses.replace(experiment.settings, **{section: part})
+  with pytest.raises(errors.UserError) as error:
+    train.open_streams(dataclasses.replace(experiment, settings=settings))
+  assert str(error.value).startswith(
+    f'config.{section}.batch_size: wanted at most the 1'
+  )
+  assert str(error.value).endswith(', found 10000')

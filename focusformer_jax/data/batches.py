@@ -1,4 +1,4 @@
-"""Batches of a split through Grain: deterministic, resumable, counted once.
+"""Batches of a split through Grain: deterministic and resumable.
 
 Letters: `B` batch.
 """
@@ -7,18 +7,18 @@ from collections.abc import Iterator
 import os
 
 import grain
+from jaxtyping import Int
 import numpy as np
 
 from focusformer_jax import errors
 from focusformer_jax.data import datasets
-from focusformer_jax.data import sklearn_digits  # noqa: F401 (registers itself)
 
 
 class Batches(Iterator[datasets.Batch]):
-  """Batches without end, from any position on.
+  """Endless batches from any position.
 
   `position` is the number of batches taken. It can be set, and means the same
-  to any number of processes and workers.
+  for any number of processes and workers.
   """
 
   def __init__(self, batches: grain.MapDataset, workers: int):
@@ -47,41 +47,48 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   *,
+  random_crops: bool = True,
   repeats: int = 1,
   workers: int = 0,
+  key: str = 'config.data.batch_size',
 ) -> Batches:
-  """Batches without end, each epoch in another order.
+  """Endless batches in a new order each epoch.
 
-  The batch at a position depends on `seed` alone. Several processes read
-  consecutive parts of the same batch.
+  The batch at a position depends on `seed` alone. Each process reads one
+  consecutive part of it.
 
   Args:
-    source: a split.
-    batch_size: images of a batch, over all processes.
-    seed: of the order and of random crops.
-    process_index: which part of each batch to read.
-    process_count: how many parts there are.
-    repeats: how often an image stands in a batch, for repeated augmentation
-      (arXiv 1901.09335); the copies are as far apart as can be.
-    workers: processes that read and decode; 0 for threads of this one.
+    source: Split to read.
+    batch_size: Images in a batch, over all processes.
+    seed: Seed for order and random crops.
+    process_index: Part of each batch to read.
+    process_count: Number of parts.
+    random_crops: Whether encoded images are cropped at random; otherwise they
+      are shown as in evaluation.
+    repeats: Copies of an image in a batch, for repeated augmentation (arXiv
+      1901.09335); copies are as far apart as possible.
+    workers: Processes that read and decode; 0 for threads of this process.
+    key: Config key of the batch size, for the error message.
 
   Raises:
-    UserError: the batch is larger than the split.
+    UserError: The batch is larger than the split.
   """
   distinct, local = batch_size // repeats, batch_size // process_count
   if distinct > len(source):
     raise errors.UserError(
-      f'batch_size: wanted at most the {len(source)} images of the split, '
-      f'found {distinct}'
+      f'{key}: wanted at most the {len(source) * repeats} images of the split'
+      f'{f" ({repeats} copies of each)" if repeats > 1 else ""}, '
+      f'found {batch_size}'
     )
   first = process_index * local
 
-  def read(position: int, indices_B: np.ndarray) -> datasets.Batch:
+  def read(position: int, indices_B: Int[np.ndarray, 'B']) -> datasets.Batch:
     mine = np.tile(indices_B, repeats)[first : first + local]
-    return source.batch(mine, (seed, position), first)
+    crop_seed = (seed, position) if random_crops else None
+    return source.batch(mine, crop_seed, first)
 
   order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
-  # It never ends, and Grain cannot round its length up.
+  # The order has no end, so Grain cannot round its length up.
   batches = order.batch(distinct, drop_remainder=True).map_with_index(read)
   return Batches(batches, workers)
 
@@ -104,7 +111,7 @@ def eval_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[datasets.Batch]:
-  """Every example once; the last batch is padded with weight 0."""
+  """Every example once, in order; the last batch is padded with weight 0."""
   count = -(-len(source) // batch_size)
   indices = np.full(count * batch_size, -1)
   indices[: len(source)] = np.arange(len(source))

@@ -1,11 +1,17 @@
-"""Images from TFDS through Grain: deterministic, resumable, counted once.
+"""Image-classification data sets: of TFDS, in a folder, or embedded.
 
-Letters: `B` batch, `C` channels.
+TFDS (TensorFlow Datasets) needs TensorFlow to prepare a data set, but not to
+read a prepared one.
+
+Letters: `N` images of a split, `B` batch, `H` height, `W` width, `C` channels.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import fractions
 import functools
+import importlib.util
+import re
 import socket
 from typing import Any, Protocol, TypedDict
 import urllib.parse
@@ -13,70 +19,75 @@ import urllib.request
 import zlib
 
 from etils import epath
-import jax
-from jax.experimental import multihost_utils
+from etils import epy
+from jaxtyping import Float32, Int, Int32, UInt8
 import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core.download import downloader
 
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax.data import image_decoding
-from focusformer_jax.data import sklearn_digits  # noqa: F401 (registers itself)
+from focusformer_jax.data import sklearn_digits
 
-# Data sets here are read by NumPy and Grain; accelerators belong to JAX.
-tf.config.set_visible_devices([], 'GPU')
-
-
-tf.config.set_visible_devices([], 'TPU')
-
+with epy.lazy_imports():
+  import cv2
+  import tensorflow_datasets as tfds
 
 IMAGE_FOLDER = 'image_folder'
-
-
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 
 
 class Batch(TypedDict):
-  """uint8 images_BHWC, int32 labels_B, and float32 weights_B (0: padding)."""
+  """Images, their labels, and weights: 1 for examples, 0 for padding."""
 
-  image: np.ndarray
-  label: np.ndarray
-  weight: np.ndarray
+  image: UInt8[np.ndarray, 'B H W C']
+  label: Int32[np.ndarray, 'B']
+  weight: Float32[np.ndarray, 'B']
 
 
 class Source(Protocol):
-  """One split of a data set, as batches of images of one size."""
+  """Examples that can be had as batches of images of one size."""
 
   def __len__(self) -> int: ...
 
+  def part(self, start: int, stop: int) -> 'Source':
+    """Examples `start` to `stop - 1` as a source of their own."""
+
   def batch(
     self,
-    indices_B: np.ndarray,
+    indices_B: Int[np.ndarray, 'B'],
     seed: Sequence[int] | None = None,
     first: int = 0,
   ) -> Batch:
-    """The examples at `indices_B`; -1 asks for padding.
+    """Reads the examples at `indices_B`; index -1 stands for padding.
 
     Args:
-      indices_B: which examples.
-      seed: of the random crops of a batch; None for evaluation's crops.
-      first: where in that batch these examples stand.
+      indices_B: Indices of the examples.
+      seed: Seed for random crops, the same for all parts of a batch. None
+        shows images as in evaluation.
+      first: Position of the first of these examples in the whole batch.
     """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrays:
-  """A split whose images have one size, in host memory."""
+  """Images of the wanted size in host memory."""
 
-  image: np.ndarray
-  label: np.ndarray
+  image: UInt8[np.ndarray, 'N H W C']
+  label: Int32[np.ndarray, 'N']
 
   def __len__(self) -> int:
     return len(self.label)
 
-  def batch(self, indices_B, seed=None, first=0) -> Batch:
+  def part(self, start: int, stop: int) -> 'Arrays':
+    return Arrays(self.image[start:stop], self.label[start:stop])
+
+  def batch(
+    self,
+    indices_B: Int[np.ndarray, 'B'],
+    seed: Sequence[int] | None = None,
+    first: int = 0,
+  ) -> Batch:
+    """Reads whole images; random crops of them are made on the device."""
     return Batch(
       image=self.image[indices_B],
       label=self.label[indices_B],
@@ -86,28 +97,51 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
-  """A split of encoded images, decoded and cropped when a batch wants them."""
+  """Encoded images, which are decoded, cropped and resized batch by batch.
+
+  Args:
+    examples: Bytes of a file under 'image' and a number under 'label'.
+    indices: Which of `examples` belong to this source, in order.
+    image_size: Height and width of the images in a batch.
+    channels: 1 or 3.
+    crop: Smallest and largest share of an image's area in a random crop; None
+      for no random crops.
+    center_crop: Share of an image's shorter side that evaluation sees.
+  """
 
   examples: Sequence[dict[str, Any]]
+  indices: Sequence[int]
   image_size: int
   channels: int
   crop: tuple[float, float] | None
+  center_crop: float
 
   def __len__(self) -> int:
-    return len(self.examples)
+    return len(self.indices)
 
-  def batch(self, indices_B, seed=None, first=0) -> Batch:
+  def part(self, start: int, stop: int) -> 'Encoded':
+    return dataclasses.replace(self, indices=self.indices[start:stop])
+
+  def batch(
+    self,
+    indices_B: Int[np.ndarray, 'B'],
+    seed: Sequence[int] | None = None,
+    first: int = 0,
+  ) -> Batch:
     size = self.image_size
-    # Filled below; fresh pages of zeros take as long as a third of decoding.
+    # Every image is filled below: zeroing fresh pages would take a third of
+    # the time of decoding.
     images = np.empty((len(indices_B), size, size, self.channels), np.uint8)
     labels = np.zeros(len(indices_B), np.int32)
     for i, index in enumerate(indices_B):
       if index >= 0:
-        example = self.examples[int(index)]
+        example = self.examples[int(self.indices[index])]
         rng = (
           None if seed is None else np.random.default_rng([*seed, first + i])
         )
-        image_decoding.decode_into(images[i], example['image'], rng, self.crop)
+        image_decoding.decode_into(
+          images[i], example['image'], rng, self.crop, self.center_crop
+        )
         labels[i] = example['label']
       else:
         images[i] = 0
@@ -119,27 +153,30 @@ class Encoded:
 class Dataset:
   """An image-classification data set.
 
-  `heldout` is what the sampler is rewarded on: the last share of the train
-  split, whose order is fixed and mixes the classes. It is never trained on,
-  and test is never used to choose anything.
+  The last images of the train split are held out: the sampler is rewarded on
+  them and the supernet never trained on them. The order of the split is fixed
+  and mixes the classes. The test split is never used to choose anything.
 
   Args:
-    name: as configured.
-    classes: their names, by label.
+    name: Its `config.data.name`.
+    classes: Names of the classes, by label.
     channels: 1 or 3.
-    encoded: whether images are decoded and cropped batch by batch, as their
-      sizes differ from each other or from the wanted one.
-    open_split: the split of that name, or the part 'train[a%:b%]' of it.
-    splits: names of the splits.
-    contents: what tells this data set from a changed one, as JSON.
-    heldout: share of train that is held out.
-    test: the split to test on.
+    encoded: Whether images are decoded, cropped and resized batch by batch,
+      because their sizes differ from each other or from the wanted one.
+    center_crop: Share of an image's shorter side that evaluation sees: 1 where
+      all images have one size.
+    open_split: Opens the split of a name.
+    splits: Names of the splits.
+    contents: JSON values that tell this data set from a changed one.
+    heldout: Share of the train split that is held out.
+    test: Name of the split to test on.
   """
 
   name: str
   classes: tuple[str, ...]
   channels: int
   encoded: bool
+  center_crop: float
   open_split: Callable[[str], Source]
   splits: tuple[str, ...]
   contents: dict[str, Any]
@@ -151,23 +188,25 @@ class Dataset:
     return len(self.classes)
 
   def split(self, name: str) -> Source:
-    """Opens 'train', 'heldout' or 'test'.
+    """Opens 'train' (without the held-out images), 'heldout' or 'test'.
 
     Raises:
-      UserError: no such test split, or too few images to hold any out.
+      UserError: There is no such test split, or the held-out share leaves no
+        images for the split.
     """
-    percent = 100 - round(100 * self.heldout)
-    if self.splits and self.test not in self.splits:
+    if self.test not in self.splits:
       raise errors.UserError(
         f'config.data.test: wanted one of the splits {sorted(self.splits)} of '
         f'{self.name}, found {self.test!r}'
       )
-    parts = {
-      'train': f'train[:{percent}%]',
-      'heldout': f'train[{percent}%:]',
-      'test': self.test,
-    }
-    source = self.open_split(parts[name])
+    if name == 'test':
+      return self.open_split(self.test)
+    source = self.open_split('train')
+    # The share as it is written: 0.1 as a float is a little more than a tenth.
+    share = 1 - fractions.Fraction(str(self.heldout))
+    end = round(share * len(source))
+    bounds = {'train': (0, end), 'heldout': (end, len(source))}
+    source = source.part(*bounds[name])
     if not len(source):
       raise errors.UserError(
         f'config.data.heldout: wanted a share that leaves images for {name}, '
@@ -179,35 +218,100 @@ class Dataset:
 def open_dataset(
   settings: config_lib.Data, crop: tuple[float, float] | None = None
 ) -> Dataset:
-  """Finds a data set, building or downloading it where it is not there yet.
+  """Opens a data set; prepares it first if need be.
 
   Args:
-    settings: `name` is TFDS's, or 'image_folder' for images below `dir`.
-    crop: smallest and largest share of an image's area that random crops keep
-      while encoded images are decoded.
+    settings: Data settings. `name` is that of a TFDS data set,
+      'sklearn_digits', or 'image_folder' for the images in `dir`.
+    crop: Smallest and largest share of an image's area in the random crops of
+      encoded images.
 
   Raises:
-    UserError: no such data set, or it cannot be had.
+    UserError: There is no such data set, or it cannot be prepared.
   """
   if settings.name == IMAGE_FOLDER:
     return _open_folder(settings, crop)
+  if settings.name == sklearn_digits.NAME:
+    return _open_digits(settings, crop)
   return _open_tfds(settings, crop)
 
 
-def _open_tfds(settings, crop) -> Dataset:
-  builder = _prepared(settings)
+def prepare(settings: config_lib.Data) -> None:
+  """Downloads and prepares a data set of TFDS that is not on disk.
+
+  Raises:
+    UserError: There is no such data set, or it cannot be prepared.
+  """
+  if settings.name not in (IMAGE_FOLDER, sklearn_digits.NAME):
+    _prepared_builder(settings)
+
+
+def _open_digits(
+  settings: config_lib.Data, crop: tuple[float, float] | None
+) -> Dataset:
+  """Opens scikit-learn's digits, which need no file."""
+  encoded = settings.image_size != sklearn_digits.IMAGE_SIZE
+
+  @functools.cache
+  def open_split(name: str) -> Source:
+    digits = sklearn_digits.load(name)
+    if not encoded:
+      return Arrays(*digits)
+    examples = [
+      {'image': cv2.imencode('.png', image)[1].tobytes(), 'label': label}
+      for image, label in zip(*digits, strict=True)
+    ]
+    return Encoded(
+      examples, range(len(examples)), settings.image_size, 1, crop, 1.0
+    )
+
+  return Dataset(
+    name=settings.name,
+    classes=sklearn_digits.CLASSES,
+    channels=1,
+    encoded=encoded,
+    center_crop=1.0,
+    open_split=open_split,
+    splits=sklearn_digits.SPLITS,
+    contents={
+      'version': sklearn_digits.VERSION,
+      'classes': len(sklearn_digits.CLASSES),
+      'images': {
+        name: len(sklearn_digits.load(name).label)
+        for name in sklearn_digits.SPLITS
+      },
+    },
+    heldout=settings.heldout,
+    test=settings.test,
+  )
+
+
+def _open_tfds(
+  settings: config_lib.Data, crop: tuple[float, float] | None
+) -> Dataset:
+  """Opens a data set of TFDS."""
+  builder = _prepared_builder(settings)
   features = builder.info.features
   height, width, channels = features['image'].shape
   encoded = (height, width) != (settings.image_size,) * 2
   channels = channels or 3
+  # Images that have one size were framed by whoever made the data set.
+  center_crop = (
+    1.0
+    if height is not None and width is not None
+    else image_decoding.CENTER_SHARE
+  )
 
   @functools.cache
-  def open_split(part: str) -> Source:
+  def open_split(name: str) -> Source:
     if encoded:
       raw = {'image': tfds.decode.SkipDecoding()}
-      examples = builder.as_data_source(part, decoders=raw)
-      return Encoded(examples, settings.image_size, channels, crop)
-    examples = builder.as_data_source(part)
+      examples = builder.as_data_source(name, decoders=raw)
+      indices = range(len(examples))
+      return Encoded(
+        examples, indices, settings.image_size, channels, crop, center_crop
+      )
+    examples = builder.as_data_source(name)
     examples = [examples[i] for i in range(len(examples))]
     shape = (len(examples), height, width, channels)
     images = np.array([e['image'] for e in examples], np.uint8).reshape(shape)
@@ -218,14 +322,14 @@ def _open_tfds(settings, crop) -> Dataset:
     classes=tuple(features['label'].names),
     channels=channels,
     encoded=encoded,
+    center_crop=center_crop,
     open_split=open_split,
-    splits=tuple(builder.info.splits or ()),
+    splits=tuple(builder.info.splits),
     contents={
       'version': str(builder.version),
       'classes': features['label'].num_classes,
       'images': {
-        name: split.num_examples
-        for name, split in (builder.info.splits or {}).items()
+        name: split.num_examples for name, split in builder.info.splits.items()
       },
     },
     heldout=settings.heldout,
@@ -235,7 +339,7 @@ def _open_tfds(settings, crop) -> Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
-  """Image files and their labels, read when asked for."""
+  """Image files and their labels, read on access."""
 
   files: Sequence[tuple[str, int]]
 
@@ -247,8 +351,13 @@ class _Files:
     return {'image': epath.Path(path).read_bytes(), 'label': label}
 
 
-def _open_folder(settings, crop) -> Dataset:
-  """`tfds.ImageFolder`'s layout: <dir>/<split>/<class>/<image>."""
+def _open_folder(
+  settings: config_lib.Data, crop: tuple[float, float] | None
+) -> Dataset:
+  """Opens files in `tfds.ImageFolder`'s layout: <dir>/<split>/<class>/<image>.
+
+  Classes are the folders below train, in alphabetical order.
+  """
   if settings.dir is None:
     raise errors.UserError(
       f'config.data.dir: wanted the folder of {IMAGE_FOLDER}, found None'
@@ -277,19 +386,17 @@ def _open_folder(settings, crop) -> Dataset:
     ]
 
   @functools.cache
-  def open_split(part: str) -> Source:
-    split, _, window = part.partition('[')
+  def open_split(split: str) -> Source:
     files = listed(split)
-    # The order on disk is by class; this one is fixed as well.
+    # Files are listed by class; a fixed permutation mixes the classes.
     order = np.random.default_rng(0).permutation(len(files))
-    if window:
-      start, _, stop = window.rstrip(']').replace('%', '').partition(':')
-      first, last = (
-        round(int(p) * len(files) / 100) for p in (start or 0, stop or 100)
-      )
-      order = order[first:last]
     return Encoded(
-      _Files([files[i] for i in order]), settings.image_size, 3, crop
+      _Files(files),
+      order,
+      settings.image_size,
+      3,
+      crop,
+      image_decoding.CENTER_SHARE,
     )
 
   shown = {'train': listed('train'), settings.test: listed(settings.test)}
@@ -303,6 +410,7 @@ def _open_folder(settings, crop) -> Dataset:
     classes=tuple(classes),
     channels=3,
     encoded=True,
+    center_crop=image_decoding.CENTER_SHARE,
     open_split=open_split,
     splits=tuple(splits),
     contents={
@@ -318,47 +426,70 @@ def _folders(path: epath.Path) -> list[str]:
   return sorted(p.name for p in path.glob('*') if p.is_dir())
 
 
-def _prepared(settings: config_lib.Data) -> tfds.core.DatasetBuilder:
-  """TFDS's builder of a data set that is there."""
+def _prepared_builder(settings: config_lib.Data) -> 'tfds.core.DatasetBuilder':
+  """TFDS's builder of a data set, which is on disk afterwards."""
   name = settings.name
   try:
     builder = tfds.builder(
       name, data_dir=settings.dir, file_format='array_record'
     )
-  except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+  except (ValueError, AssertionError) as error:  # A wrong name or a wrong path.
+    close = re.search(r'Did you mean: .* -> (\S+)', str(error))
     raise errors.UserError(
-      f'config.data.name: wanted the name of a TFDS data set or '
-      f'{IMAGE_FOLDER}, found {name!r} ({errors.first_line(error)})'
+      f'config.data.name: wanted the name of a TFDS data set, '
+      f'{sklearn_digits.NAME} or {IMAGE_FOLDER}, found {name!r}'
+      + (f'; did you mean {close[1]}?' if close else '')
     ) from error
   features = builder.info.features
-  if not {'image', 'label'} <= set(features):
+  kinds = {'image': tfds.features.Image, 'label': tfds.features.ClassLabel}
+  if not all(
+    key in features and isinstance(features[key], kind)
+    for key, kind in kinds.items()
+  ):
     raise errors.UserError(
-      f'config.data.name: wanted images with labels, found {sorted(features)}'
+      f'config.data.name: wanted a data set with an image and a class label '
+      f'(features image and label), found {sorted(features)} in {name}'
     )
-  # Process 0 goes first: others may share its disk, and then find all done.
-  for turn in (True, False):
-    if turn == (jax.process_index() == 0):
-      _prepare(builder)
-    multihost_utils.sync_global_devices(f'{name} is prepared')
+  if not builder.is_prepared():
+    _prepare(builder)
   return builder
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+def _prepare(builder: 'tfds.core.DatasetBuilder') -> None:
+  """Downloads a data set and writes it in a format that needs no TensorFlow."""
+  wanted = (
+    f'config.data.name: wanted {builder.name} in {builder.data_dir_root}, '
+    'found none there'
+  )
+  build = f'`tfds build {builder.name} --file_format=array_record`'
+  if importlib.util.find_spec('tensorflow') is None:
+    raise errors.UserError(
+      f'{wanted} and no TensorFlow to prepare it with; `pip install '
+      f'tensorflow-cpu`, or run {build} elsewhere and set config.data.dir'
+    )
   try:
-    if not builder.is_prepared():
-      _stop_retrying_unknown_hosts(builder)
-      builder.download_and_prepare()
+    _hide_accelerators_from_tensorflow()
+    _stop_retrying_unknown_hosts(builder)
+    builder.download_and_prepare()
   except Exception as error:  # Network, disk, checksum: TFDS raises anything.
     raise errors.UserError(
-      f'config.data.name: wanted {builder.name} in {builder.data_dir}, found '
-      f'none there and cannot fetch it ({errors.first_line(error)}); run `tfds '
-      f'build {builder.name} --file_format=array_record` where there is a '
-      'network and set config.data.dir'
+      f'{wanted} and {_cause(error)}; run {build} where there is a network '
+      'and set config.data.dir'
     ) from error
 
 
-def _stop_retrying_unknown_hosts(builder: tfds.core.DatasetBuilder) -> None:
-  """Without a network TFDS would try again for minutes before it says so."""
+def _hide_accelerators_from_tensorflow() -> None:
+  """Leaves them to JAX; TensorFlow would reserve their memory."""
+  import tensorflow as tf
+
+  for kind in ('GPU', 'TPU'):
+    tf.config.set_visible_devices([], kind)
+
+
+def _stop_retrying_unknown_hosts(builder: 'tfds.core.DatasetBuilder') -> None:
+  """Without a network, TFDS would retry for minutes before it gives up."""
+  from tensorflow_datasets.core.download import downloader
+
   if urllib.request.getproxies():  # Then a proxy looks hosts up.
     return
   urls = builder.url_infos or ()
@@ -367,3 +498,13 @@ def _stop_retrying_unknown_hosts(builder: tfds.core.DatasetBuilder) -> None:
       socket.getaddrinfo(host, 443)
     except OSError:
       downloader.MAX_RETRIES = 0
+
+
+def _cause(error: Exception) -> str:
+  """Why a data set could not be prepared, in a few words."""
+  import requests  # TFDS downloads with it.
+
+  if isinstance(error, requests.ConnectionError) and error.request is not None:
+    host = urllib.parse.urlsplit(error.request.url).hostname
+    return f'no connection to {host}'
+  return f'could not prepare it ({errors.first_line(error)})'

@@ -1,27 +1,37 @@
 """Encoded images to arrays of one size: decoding, cropping, resizing.
 
-What has to happen before images can be batched, on the host; everything else
-is done on the device (`augment.py`).
+This is what has to happen before images can be batched, on the host.
+Everything else is done on the device (`augment.py`).
 """
 
 import math
+import sys
 import threading
 from typing import NamedTuple
 
-import cv2
+from etils import epy
+from jaxtyping import UInt8
 import numpy as np
-import simplejpeg
 
 from focusformer_jax import errors
 from focusformer_jax.data import augment
 
-# Batches are decoded in parallel, not images.
-cv2.setNumThreads(1)
+
+def _use_one_thread(module: str) -> None:
+  """Stops OpenCV from splitting an image: batches are read in parallel."""
+  sys.modules[module].setNumThreads(1)
+
+
+with epy.lazy_imports(success_callback=_use_one_thread):
+  import cv2
+with epy.lazy_imports():
+  import simplejpeg
 
 # Fresh memory costs more than a resize does, so each thread keeps its own.
 _scratch = threading.local()
 
-# Evaluation shows the middle of an image whose shorter side is 256 for 224.
+# Evaluation sees this share of an image's shorter side, in the middle: 224 of
+# 256 pixels.
 CENTER_SHARE = 224 / 256
 
 
@@ -37,10 +47,17 @@ class Box(NamedTuple):
 def random_box(
   rng: np.random.Generator, height: int, width: int, area: tuple[float, float]
 ) -> Box:
-  """Inception's crop (arXiv 1409.4842): `area` bounds its share of the image.
+  """Draws a box by Inception's rule (arXiv 1409.4842, section 6).
 
-  The aspect is from 3:4 to 4:3, even in its logarithm. After ten boxes that
-  do not fit, the largest one of a permitted aspect in the middle.
+  Its share of the image's area is uniform, its aspect log-uniform from 3:4 to
+  4:3. If ten boxes in a row do not fit, the box is the largest one of a
+  permitted aspect, in the middle.
+
+  Args:
+    rng: Random generator for the box.
+    height: Height of the image.
+    width: Width of the image.
+    area: Smallest and largest share of the image's area.
   """
   low, high = augment.CROP_ASPECT
   for _ in range(augment.BOX_ATTEMPTS):
@@ -54,21 +71,21 @@ def random_box(
   return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def center_box(height: int, width: int) -> Box:
-  """The square in the middle that evaluation looks at."""
-  side = max(1, round(CENTER_SHARE * min(height, width)))
+def center_box(height: int, width: int, share: float = CENTER_SHARE) -> Box:
+  """The square in the middle whose side is a share of the shorter side."""
+  side = max(1, round(share * min(height, width)))
   return Box((height - side) // 2, (width - side) // 2, side, side)
 
 
 def _pixels(encoded: bytes, channels: int) -> np.ndarray:
-  """All of an image, uint8 of shape (height, width, 3) or (height, width).
+  """Decodes a whole image to uint8 (height, width, 3), or (height, width).
 
-  The next call of the same thread may write over it.
+  The next call from the same thread may overwrite the result.
   """
   if simplejpeg.is_jpeg(encoded):
     try:
       height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-      # What the fast transforms lose is less than a JPEG's own noise.
+      # The fast transforms lose less than JPEG itself does.
       return simplejpeg.decode_jpeg(
         encoded,
         'GRAY' if channels == 1 else 'RGB',
@@ -77,7 +94,7 @@ def _pixels(encoded: bytes, channels: int) -> np.ndarray:
         buffer=_room(height * width * channels),
       )
     except ValueError:
-      pass  # Some few bend the rules; OpenCV is more tolerant.
+      pass  # A few files bend the rules; OpenCV is more tolerant.
   colors = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
   pixels = cv2.imdecode(
     np.frombuffer(encoded, np.uint8), colors | cv2.IMREAD_IGNORE_ORIENTATION
@@ -91,7 +108,7 @@ def _pixels(encoded: bytes, channels: int) -> np.ndarray:
 
 
 def _room(size: int) -> np.ndarray:
-  """This thread's memory, at least `size` bytes."""
+  """This thread's memory, of at least `size` bytes."""
   room = getattr(_scratch, 'room', None)
   if room is None or room.size < size:
     room = _scratch.room = np.empty(size, np.uint8)
@@ -99,33 +116,39 @@ def _room(size: int) -> np.ndarray:
 
 
 def decode_into(
-  image: np.ndarray,
+  image: UInt8[np.ndarray, 'size size channels'],
   encoded: bytes,
   rng: np.random.Generator | None = None,
   area: tuple[float, float] | None = None,
+  center: float = CENTER_SHARE,
 ) -> None:
-  """Fills one image of a batch from a file.
+  """Decodes a file, crops it and resizes the crop into one image of a batch.
+
+  `deploy/predict_template.py` reads images in the same way. Both take pixels
+  as they are stored and ignore EXIF orientation, as TFDS and torchvision do;
+  of 16-bit images they keep the upper 8 bits.
 
   Args:
-    image: uint8 of shape (size, size, channels), contiguous; with 1 channel
-      it becomes gray, with 3 colored.
-    encoded: a file that OpenCV reads, such as JPEG, PNG or WebP. Pixels stay
-      as they lie in it, as in TFDS, whatever its EXIF orientation says.
-    rng: draws a random box, where `area` is given; without, the center box.
-    area: smallest and largest share of the image's area in a random box.
+    image: Image to fill, contiguous; gray with 1 channel, RGB with 3.
+    encoded: Contents of a file that OpenCV reads, such as JPEG, PNG or WebP.
+    rng: Random generator for a random box; None for the center box.
+    area: Smallest and largest share of the image's area in a random box; None
+      for the center box.
+    center: Share of the shorter side in the center box.
 
   Raises:
-    UserError: the bytes are no image.
+    UserError: The bytes are not an image.
   """
   size, _, channels = image.shape
   pixels = _pixels(encoded, channels)
   height, width = pixels.shape[:2]
   if rng is None or area is None:
-    box = center_box(height, width)
+    box = center_box(height, width, center)
   else:
     box = random_box(rng, height, width, area)
   pixels = pixels[box.top :, box.left :][: box.height, : box.width]
-  # Two pixels far apart do not stand for those between them.
+  # Linear interpolation reads two pixels, and skips those between them where
+  # the image shrinks to less than half.
   shrinks = min(box.height, box.width) >= 2 * size
   how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
   cv2.resize(pixels, (size, size), dst=image, interpolation=how)

@@ -27,7 +27,6 @@ from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax.data import augment
 from focusformer_jax.data import batches as batches_lib
-from focusformer_jax.data import image_decoding
 from focusformer_jax.models import vit
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import experiment as experiment_lib
@@ -206,10 +205,7 @@ def _preprocessing(experiment) -> dict:
   return {
     'image_size': geometry.image_size,
     'channels': geometry.channels,
-    # Images of one size are taken whole, as in training.
-    'center_crop': image_decoding.CENTER_SHARE
-    if experiment.dataset.encoded
-    else 1.0,
+    'center_crop': experiment.dataset.center_crop,
     'mean': recipe.mean,
     'std': recipe.std,
     'mean_and_std': 'of white as 1; both models subtract and divide themselves',

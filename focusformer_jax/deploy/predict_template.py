@@ -2,7 +2,10 @@
 
   python predict.py IMAGE...
 
-Needs jax and pillow. Prints a class and its probability, a line an image.
+Needs jax and pillow. Prints one line per image: its class and probability.
+
+Images are read as in training: pixels as they are stored, whatever their EXIF
+orientation says (turn such photos first), and the upper 8 bits of 16.
 """
 
 import json
@@ -13,29 +16,30 @@ import jax
 from jax import export
 import numpy as np
 from PIL import Image
-from PIL import ImageOps
 
 HERE = pathlib.Path(__file__).resolve().parent
-# What jax reads the network with and does not bring; an installed one is taken.
+# jax needs flatbuffers to read the network; an installed copy comes first.
 sys.path.append(str(HERE / 'flatbuffers.zip'))
 
 BATCH = 64
 
 
 def resizing(pixels, size):
-  """Shares of a line of `pixels` that each of `size` new ones is made of."""
+  """Matrix (size, pixels) that resizes a line of `pixels` to `size` pixels."""
   step, old = pixels / size, np.arange(pixels)
   if step < 2:  # Linear between the two nearest.
     centers = step * (np.arange(size)[:, None] + 0.5) - 0.5
     return np.clip(1 - abs(np.clip(centers, 0, pixels - 1) - old), 0, None)
-  edges = step * np.arange(size + 1)[:, None]  # The mean of those it covers.
+  edges = step * np.arange(size + 1)[:, None]  # The mean of the covered ones.
   covered = np.minimum(edges[1:], old + 1) - np.maximum(edges[:-1], old)
   return np.clip(covered, 0, None) / step
 
 
 def read(path, how):
-  """The middle of an image as bytes of the size that the network takes."""
-  image = ImageOps.exif_transpose(Image.open(path))
+  """The network's view of an image file, uint8 (size, size, channels)."""
+  image = Image.open(path)
+  if image.mode.startswith('I'):  # 16-bit gray, which Pillow would clip.
+    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   image = image.convert('L' if how['channels'] == 1 else 'RGB')
   side = max(1, round(how['center_crop'] * min(image.size)))
   left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -23,6 +23,7 @@ from focusformer_jax.sampler import policy as policy_lib
 from focusformer_jax.spaces import cost
 from focusformer_jax.spaces import latency_table
 from focusformer_jax.spaces import search_space
+from focusformer_jax.training import checkpoint
 from focusformer_jax.training import curricula
 from focusformer_jax.training import optim
 from focusformer_jax.training import state as state_lib
@@ -286,6 +287,11 @@ def create(settings: config_lib.Settings, devices=None) -> Experiment:
         f'config.{key}: wanted a multiple of the {shards} devices of the '
         f'mesh, found {size}'
       )
+  # Process 0 goes first: the others may share its disk, and find all done.
+  for turn in ('process 0', 'other processes'):
+    if (turn == 'process 0') == (jax.process_index() == 0):
+      datasets.prepare(settings.data)
+    checkpoint.wait_for_all(f'{settings.data.name} is prepared by {turn}')
   dataset = datasets.open_dataset(settings.data, settings.augment.resized_crop)
   experiment = Experiment(settings, dataset, mesh)
   wanted = [('search.budgets', b) for b in settings.search.budgets]

@@ -83,6 +83,9 @@ def open_streams(
       settings.sampler.batch_size,
       settings.seed,
       *process,
+      # Rewards are of what evaluation sees.
+      random_crops=False,
+      key='config.sampler.batch_size',
     ),
   }
 
