@@ -8,6 +8,7 @@ import pytest
 
 from focusformer_jax import errors
 from focusformer_jax.data import image_decoding
+from focusformer_jax.deploy import predict_template
 
 
 def decoded(encoded, size, channels, rng=None, area=None) -> np.ndarray:
@@ -34,7 +35,7 @@ def test_center_box_is_seven_eighths_of_the_shorter_side():
   assert image_decoding.center_box(1, 1) == (0, 0, 1, 1)
 
 
-def test_random_boxes_keep_area_and_aspect():
+def test_random_box_keeps_area_and_aspect():
   rng = np.random.default_rng(0)
   boxes = [
     image_decoding.random_box(rng, 375, 500, (0.08, 1.0)) for _ in range(4000)
@@ -55,7 +56,7 @@ def test_random_boxes_keep_area_and_aspect():
   assert np.mean(area[inside]) == pytest.approx(0.29, abs=0.01)
 
 
-def test_a_strip_gets_the_largest_box_in_its_middle():
+def test_random_box_of_a_strip_is_the_largest_in_its_middle():
   box = image_decoding.random_box(
     np.random.default_rng(0), 10, 1000, (0.9, 1.0)
   )
@@ -63,7 +64,7 @@ def test_a_strip_gets_the_largest_box_in_its_middle():
 
 
 @pytest.mark.parametrize('form', ['JPEG', 'PNG'])
-def test_the_center_is_what_pillow_sees(photograph, form):
+def test_center_crop_is_close_to_pillows(photograph, form):
   encoded = encode(photograph, form)
   found = decoded(encoded, 64, 3)
   top, left, height, width = image_decoding.center_box(
@@ -81,29 +82,70 @@ def test_the_center_is_what_pillow_sees(photograph, form):
   assert difference.mean() < 2
 
 
-def test_pixels_lie_as_in_the_file(photograph):
-  turned = Image.Exif()
-  turned[0x0112] = 6  # A camera held on its side.
+def sideways(photograph: Image.Image, form: str) -> bytes:
+  """A file of a camera that was held on its side."""
+  orientation = Image.Exif()
+  orientation[0x0112] = 6
   target = io.BytesIO()
-  photograph.save(target, 'JPEG', quality=95, exif=turned)
+  photograph.save(target, form, quality=95, exif=orientation)
+  return target.getvalue()
+
+
+def test_exif_orientation_and_cmyk_do_not_change_pixels(photograph):
+  plain = decoded(encode(photograph, 'JPEG'), 64, 3)
   for encoded in (
-    target.getvalue(),
+    sideways(photograph, 'JPEG'),
     encode(photograph.convert('CMYK'), 'JPEG'),
   ):
     found = decoded(encoded, 64, 3)
-    plain = decoded(encode(photograph, 'JPEG'), 64, 3)
     difference = np.abs(found.astype(int) - plain.astype(int))
     assert difference.mean() < 1.5
 
 
-def test_bytes_that_are_no_image_are_an_error(photograph):
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize(
+  'form, tolerance', [('JPEG', 8), ('PNG', 1), ('16-bit gray PNG', 1)]
+)
+def test_predict_and_training_read_alike(
+  photograph, form, tolerance, channels, tmp_path
+):
+  if form == '16-bit gray PNG':
+    rng = np.random.default_rng(0)
+    deep = Image.fromarray(rng.integers(0, 2**16, (90, 120), np.uint16))
+    encoded = encode(deep, 'PNG')
+    assert Image.open(io.BytesIO(encoded)).mode == 'I;16'
+  else:
+    encoded = sideways(photograph, form)
+    assert Image.open(io.BytesIO(encoded)).getexif()[0x0112] == 6
+  path = tmp_path / 'image'
+  path.write_bytes(encoded)
+  how = {
+    'image_size': 32,
+    'channels': channels,
+    'center_crop': image_decoding.CENTER_SHARE,
+  }
+  found = predict_template.read(path, how).astype(int)
+  wanted = decoded(encoded, 32, channels).astype(int)
+  # OpenCV counts in fixed point, and training decodes JPEGs by fast transforms.
+  assert np.abs(found - wanted).max() <= tolerance
+
+
+def test_center_share_of_1_shows_the_whole_shorter_side():
+  pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+  image = np.empty((8, 8, 1), np.uint8)
+  encoded = encode(Image.fromarray(pixels), 'PNG')
+  image_decoding.decode_into(image, encoded, center=1.0)
+  assert np.array_equal(image[..., 0], pixels)
+
+
+def test_bytes_that_are_no_image_are_refused(photograph):
   half = encode(photograph, 'JPEG')[:20_000]
   for encoded, found in ((b'hello', '5'), (half, '20,000')):
     with pytest.raises(errors.UserError, match=f'found {found} bytes that are'):
       decoded(encoded, 8, 3)
 
 
-def test_a_seed_is_a_crop_and_gray_is_one_channel(photograph):
+def test_random_crop_depends_on_the_seed_alone(photograph):
   encoded = encode(photograph, 'JPEG')
 
   def crop(seed):
