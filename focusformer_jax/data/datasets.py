@@ -194,7 +194,8 @@ class Dataset:
       UserError: There is no such test split, or the held-out share leaves no
         images for the split.
     """
-    if self.test not in self.splits:
+    # TFDS names no splits of the data sets that it mocks in tests.
+    if self.splits and self.test not in self.splits:
       raise errors.UserError(
         f'config.data.test: wanted one of the splits {sorted(self.splits)} of '
         f'{self.name}, found {self.test!r}'
