@@ -447,8 +447,8 @@ class Search(schema.Section):
 
   method: tuple[str, ...] = key(
     ('sampler', 'random'),
-    'Methods to run; the largest network of the first one is extracted.',
-    choices=('sampler', 'evolution', 'nsga2', 'random'),
+    'Methods to run: `sampler`, `random`, `evolution` or `nsga2`, the names in '
+    '`search/methods.py`. The largest network of the first one is extracted.',
   )
   budgets: tuple[float, ...] = key(
     (),
@@ -460,6 +460,14 @@ class Search(schema.Section):
     0,
     '`sampler`: samples per budget that are evaluated beside the most probable '
     'architecture.',
+    at_least=0,
+  )
+  candidates: int = key(
+    16,
+    '`sampler`: budgets, spread over the reachable range, whose proposals are '
+    'evaluated too. The answer to a budget is the best proposal within it, so '
+    'a larger budget never gets a worse answer. 0: the proposal to the budget '
+    'itself, which is not evaluated.',
     at_least=0,
   )
   random: int = key(16, '`random`: samples per budget.', at_least=1)

@@ -1,4 +1,7 @@
-"""The whole job: train, search, extract, report, each from what is on disk."""
+"""The stages of a job: train, search, extract, report and the rest.
+
+Each stage reads what earlier ones left in the workdir.
+"""
 
 import dataclasses
 import json
@@ -13,16 +16,22 @@ import numpy as np
 from focusformer_jax import atomic_files
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
-from focusformer_jax import report
 from focusformer_jax import sharding
 from focusformer_jax.deploy import export
 from focusformer_jax.deploy import profile
 from focusformer_jax.deploy import retrain
 from focusformer_jax.models import vit
+from focusformer_jax.search import fingerprint
+from focusformer_jax.search import methods
+from focusformer_jax.search import score_cache
 from focusformer_jax.search import search
+from focusformer_jax.spaces import search_space
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import train
+
+RESULTS = 'results.json'
 
 MODES = (
   'run',
@@ -39,20 +48,22 @@ MODES = (
 def run(
   settings: config_lib.Settings, workdir: epath.Path, mode: str = 'run'
 ) -> None:
-  """Runs one stage, or with 'run' those whose output is not there yet.
+  """Runs one stage, or with 'run' all stages that are not done yet.
 
   Args:
-    settings: of the run; nothing is written before they are checked.
-    workdir: gets `config.json`, `environment.json`, `checkpoints/`,
-      `metrics/`, `search/`, `results.json`, `subnet/`, and from the report
-      `report.html`, `report/`, `table.txt` and `pareto.png`; from the modes
-      that are asked for alone `export/`, `profile/` and `retrain/`.
-    mode: one of MODES.
+    settings: Settings of the run; nothing is written before they are checked.
+    workdir: Directory for `config.json`, `environment.json`, `checkpoints/`,
+      `metrics/`, `search/`, `results.json` and `subnet/`; from the report
+      `report.html`, `report/`, `table.txt` and `pareto.png`; and `export/`,
+      `profile/` and `retrain/` from the modes of these names.
+    mode: One of MODES.
 
   Raises:
-    UserError: one line for the user.
+    UserError: A mistake that the user can fix.
   """
+  methods.check(settings.search)
   if mode == 'report':
+    _refuse_stale_results(settings, workdir)
     _report(workdir)
     return
   if mode == 'profile':
@@ -70,14 +81,15 @@ def run(
     return
 
   state = _restore(experiment, workdir)
+  wanted = fingerprint.of_answers(experiment, state)
   if mode == 'search' or (
-    mode == 'run' and not _is_searched(workdir, state, settings.search)
+    mode == 'run' and not _is_searched(workdir, wanted, settings.search)
   ):
     search.search(experiment, evaluator, state, workdir)
     # Process 0 writes what the others read.
     multihost_utils.sync_global_devices('searched')
   if mode in ('run', 'extract', 'export'):
-    arch, network = _extract(experiment, evaluator, state, workdir)
+    arch, network = _extract(experiment, evaluator, state, wanted, workdir)
   if mode == 'export' and jax.process_index() == 0:
     step, parent = int(state.step), workdir / 'export'
     print(export.export(experiment, network, arch, step, parent))
@@ -85,7 +97,9 @@ def run(
     _report(workdir)
 
 
-def _restore(experiment, workdir):
+def _restore(
+  experiment: experiment_lib.Experiment, workdir: epath.Path
+) -> state_lib.TrainState:
   if not (workdir / train.CHECKPOINTS).exists():
     raise errors.UserError(
       f'--workdir: wanted a trained run in {workdir}, found no checkpoint; '
@@ -96,11 +110,11 @@ def _restore(experiment, workdir):
 
 
 def _results(workdir: epath.Path) -> dict[str, Any]:
-  """What the last search wrote."""
-  path = workdir / 'results.json'
+  """The results of the last search."""
+  path = workdir / RESULTS
   if not path.exists():
     raise errors.UserError(
-      f'--workdir: wanted results.json in {workdir}, found none; use '
+      f'--workdir: wanted {RESULTS} in {workdir}, found none; use '
       '--mode=search first'
     )
   results = atomic_files.read_json(path)
@@ -113,48 +127,105 @@ def _results(workdir: epath.Path) -> dict[str, Any]:
   return results
 
 
-def _searched(workdir: epath.Path, state) -> dict[str, Any] | None:
-  """The results of a search of this state, if there are any."""
-  if not (workdir / 'results.json').exists():
+def _searched(
+  workdir: epath.Path, wanted: fingerprint.Fingerprint
+) -> dict[str, Any] | None:
+  """The results of a search with this fingerprint, if there are any."""
+  if not (workdir / RESULTS).exists():
     return None
   results = _results(workdir)
-  step = results.get('checkpoint_step')
-  return results if step == int(state.step) else None
+  differs = fingerprint.difference(wanted, results.get('fingerprint', {}))
+  if differs:
+    logging.info('%s is out of date: wanted %s', workdir / RESULTS, differs)
+    return None
+  return results
 
 
-def _is_searched(workdir: epath.Path, state, options) -> bool:
-  """Whether a search of these settings is done, as process 0 sees it."""
-  wanted = json.loads(json.dumps(dataclasses.asdict(options)))
-  found = (_searched(workdir, state) or {}).get('search') == wanted
+def _is_searched(
+  workdir: epath.Path,
+  wanted: fingerprint.Fingerprint,
+  options: config_lib.Search,
+) -> bool:
+  """Whether these settings were searched already, as process 0 sees it."""
+  asked = json.loads(json.dumps(dataclasses.asdict(options)))
+  found = (_searched(workdir, wanted) or {}).get('search') == asked
   return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
 
 
-def _extract(experiment, evaluator, state, workdir):
-  """Cuts the configured network out of the supernet, with its weights.
+def _refuse_stale_results(
+  settings: config_lib.Settings, workdir: epath.Path
+) -> None:
+  """Refuses results of another configuration or of other weights.
 
-  That is an architecture of a file, the sampler's answer to a budget, or the
-  largest one that the search's first method found; before a search, the
-  sampler's answer to its largest budget.
+  Weights are compared where the workdir has a checkpoint. The data set is not
+  opened, so a changed one goes unnoticed until the next search.
+
+  Raises:
+    UserError: names the first difference.
+  """
+  path, found = workdir / RESULTS, _results(workdir).get('fingerprint')
+  if found is None:
+    raise errors.UserError(
+      f'{path}: wanted the fingerprint of what the results depend on, found '
+      'results of an earlier version; use --mode=search to search again'
+    )
+  key = fingerprint.difference(fingerprint.of_config(settings), found)
+  if key:
+    raise errors.UserError(
+      f'{path}: wanted results of config.{key}; change that key, '
+      'or use --mode=search to search again'
+    )
+  newest = fingerprint.of_newest_checkpoint(workdir) or {}
+  if key := fingerprint.difference(newest, found):
+    raise errors.UserError(
+      f'{path}: wanted results of the newest checkpoint, {key}; use '
+      '--mode=search to search again'
+    )
+
+
+def _extract(
+  experiment: experiment_lib.Experiment,
+  evaluator: evaluate.Evaluator,
+  state: state_lib.TrainState,
+  wanted: fingerprint.Fingerprint,
+  workdir: epath.Path,
+) -> tuple[search_space.Architecture, vit.VisionTransformer]:
+  """Slices the configured network out of the supernet, with its weights.
+
+  Its architecture is that of a file, the sampler's answer to a budget, or the
+  answer of the search's first method to its largest budget; before a search,
+  the sampler's answer to that budget.
   """
   arch = experiment.extract_architecture
   budget = int(experiment.settings.extract.budget)
-  results = _searched(workdir, state)
+  results = _searched(workdir, wanted)
   if arch is None and not budget and results:
     row = max(results['budgets'], key=lambda row: row['budget'])
     arch = experiment.space.from_json(row['architecture'])
   elif arch is None:
-    most = experiment.cost_bins.table.maximum
-    budget = min(budget or experiment.search_budgets[-1], most)
-    arch = evaluator.propose(state.policy, [budget])[0].arch
+    budget = budget or experiment.search_budgets[-1]
+    scorer = score_cache.Scorer(
+      experiment, evaluator, state, workdir / search.SCORES
+    )
+    [answer] = methods.ask('sampler', scorer, [budget])
+    logging.info(
+      "the sampler's answer to %d: best of %d subnets scored",
+      budget,
+      answer.evaluations,
+    )
+    arch = answer.arch
   # NumPy slices without compiling.
   supernet = sharding.on_host(experiment.mesh, state.scored)
   network = jax.device_put(vit.extract(supernet, arch))
-  vit.save(network, experiment.space.to_json(arch), workdir / 'subnet')
+  description = experiment.space.to_json(arch) | {'fingerprint': wanted}
+  vit.save(network, description, workdir / 'subnet')
   logging.info('extracted %s', experiment.space.describe(arch))
   return arch, network
 
 
-def _report(workdir: epath.Path):
+def _report(workdir: epath.Path) -> None:
+  from focusformer_jax import report  # Brings matplotlib.
+
   _results(workdir)
   if jax.process_index() == 0:
     print(report.report(workdir))

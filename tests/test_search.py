@@ -2,20 +2,22 @@
 
 import dataclasses
 import json
+import time
+import zlib
 
 import jax
 import numpy as np
 import pytest
 
 from focusformer_jax import errors
-from focusformer_jax.search import evolution
+from focusformer_jax.search import answers as answers_lib
 from focusformer_jax.search import methods
-from focusformer_jax.search import nsga2 as nsga2_lib
 from focusformer_jax.search import score_cache
 from focusformer_jax.search import search
 from focusformer_jax.training import evaluate
 
 METHODS = ('sampler', 'evolution', 'nsga2', 'random')
+SEED = (0,)
 
 
 class Known(score_cache.Scorer):
@@ -33,6 +35,25 @@ class Known(score_cache.Scorer):
     archs = list(archs)
     self.log = [*getattr(self, 'log', []), *archs]
     return super().heldout(archs)
+
+
+class Arbitrary(Known):
+  """Scores that have nothing to do with costs."""
+
+  def _score(self, split, archs):
+    names = [self.name(arch).encode() for arch in archs]
+    return [evaluate.Score(zlib.crc32(name) / 2**32, 0.5) for name in names]
+
+
+def with_opinions(state):
+  """The state with a sampler that does not propose the same to everyone."""
+  leaves, treedef = jax.tree.flatten(state.policy)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  leaves = [
+    leaf + jax.random.normal(key, leaf.shape)
+    for key, leaf in zip(keys, leaves, strict=True)
+  ]
+  return state.replace(policy=treedef.unflatten(leaves))
 
 
 @pytest.fixture(scope='module')
@@ -70,25 +91,29 @@ def loss_of(known, answer):
   return known._score('heldout', [answer.arch])[0].loss
 
 
+def answer_with(name, scorer, budgets, options):
+  return methods.METHODS[name].answer(scorer, budgets, options, SEED)
+
+
 def test_evolution_breeds_within_the_budget(experiment, known, budgets):
   few = options(experiment, population=10, generations=6, parents=4)
   many, budget = options(experiment, random=60), budgets[2]
-  answer = evolution.evolve(known, budget, 0, few)
+  [answer] = answer_with('evolution', known, [budget], few)
   assert max(costs(experiment, known.log)) <= budget
   assert answer.evaluations == known.counts.new == len(known.log) == 60
   assert loss_of(known, answer) == best_of(known, budget)
   # Better than as many random ones, and the same from the same seed.
-  rival = methods.draw_evenly(known, budget, 0, many)
+  [rival] = answer_with('random', known, [budget], many)
   assert loss_of(known, answer) < loss_of(known, rival)
-  again = evolution.evolve(known, budget, 0, few)
+  [again] = answer_with('evolution', known, [budget], few)
   assert known.name(again.arch) == known.name(answer.arch)
 
 
 def test_evolution_ends_when_nothing_else_fits(experiment, known):
   smallest = experiment.space.smallest()
   budget = experiment.tables['macs'].minimum
-  answer = evolution.evolve(
-    known, budget, 0, options(experiment, population=10)
+  [answer] = answer_with(
+    'evolution', known, [budget], options(experiment, population=10)
   )
   assert known.name(answer.arch) == known.name(smallest)
   assert answer.evaluations == 1
@@ -96,7 +121,7 @@ def test_evolution_ends_when_nothing_else_fits(experiment, known):
 
 def test_one_front_answers_every_budget(experiment, known, budgets):
   few = options(experiment, population=12, generations=5)
-  answers = nsga2_lib.nsga2(known, budgets, 0, few)
+  answers = answer_with('nsga2', known, budgets, few)
   assert max(costs(experiment, known.log)) <= max(budgets)
   for budget, answer in zip(budgets, answers, strict=True):
     assert costs(experiment, [answer.arch])[0] <= budget
@@ -110,21 +135,73 @@ def test_one_front_answers_every_budget(experiment, known, budgets):
   assert sum(before) > sum(best_of(known, budget) for budget in budgets)
 
 
-def test_the_samplers_draws_are_scored_beside_what_it_decodes(
+def test_sampler_answers_with_the_best_of_its_draws(
   experiment, evaluator, state, known, budgets
 ):
-  proposal = evaluator.propose(state.policy, budgets)[1]
-  alone = methods.ask_sampler(
-    known, proposal, budgets[1], 0, options(experiment)
-  )
-  assert alone.evaluations == known.counts.evaluations == 0
-  answer = methods.ask_sampler(
-    known, proposal, budgets[1], 0, options(experiment, draws=5)
-  )
-  assert answer.evaluations == len(known.log) == 6
-  assert known.name(known.log[0]) == known.name(alone.arch)
+  [proposal] = evaluator.propose(state.policy, budgets[1:2])
+  alone = options(experiment, candidates=0)
+  [decoded] = answer_with('sampler', known, budgets[1:2], alone)
+  assert decoded.evaluations == known.counts.evaluations == 0
+  assert known.name(decoded.arch) == known.name(proposal.arch)
+  drawn = dataclasses.replace(alone, draws=5)
+  [answer] = answer_with('sampler', known, budgets[1:2], drawn)
+  assert 1 < answer.evaluations == len(known.log) <= 6
+  assert known.name(decoded.arch) in map(known.name, known.log)
   assert max(costs(experiment, known.log)) <= budgets[1]
   assert loss_of(known, answer) == best_of(known, budgets[1])
+
+
+def test_sampler_answers_never_get_worse_with_a_larger_budget(
+  experiment, evaluator, state
+):
+  scorer = Arbitrary(experiment, evaluator, with_opinions(state))
+  table = experiment.cost_bins.table
+  many = np.geomspace(table.minimum, 1.1 * table.maximum, 24).astype(int)
+  many = many.tolist()
+
+  def losses(candidates, draws):
+    chosen = options(experiment, candidates=candidates, draws=draws)
+    # Together and one by one: an answer does not depend on other budgets.
+    together = answer_with('sampler', scorer, many, chosen)
+    for budget, answer in zip(many[::5], together[::5], strict=True):
+      [alone] = answer_with('sampler', scorer, [budget], chosen)
+      assert scorer.name(alone.arch) == scorer.name(answer.arch)
+      assert alone.evaluations == answer.evaluations
+    spent = costs(experiment, [answer.arch for answer in together])
+    assert all(c <= b for c, b in zip(spent, many, strict=True))
+    return np.array([loss_of(scorer, answer) for answer in together])
+
+  assert np.diff(losses(candidates=0, draws=0)).max() > 0
+  for draws in (0, 2):
+    found = losses(candidates=9, draws=draws)
+    assert np.diff(found).max() <= 0
+    assert len(set(found)) > 1
+
+
+def test_sampler_grid_spans_the_range_and_has_the_budgets(experiment):
+  table, wanted = experiment.cost_bins.table, experiment.search_budgets
+  steps = answers_lib.grid(experiment, 9)
+  assert (steps[0], steps[-1]) == (table.minimum, table.maximum)
+  assert set(wanted) < set(steps)
+  assert len(steps) <= len(wanted) + 9
+
+
+def test_every_method_asks_for_at_most_what_it_says(experiment, known, budgets):
+  few = options(experiment, draws=2, candidates=3)
+  for name, method in methods.METHODS.items():
+    known.begin()
+    answers = answer_with(name, known, budgets, few)
+    assert len(answers) == len(budgets)
+    assert known.counts.evaluations <= method.most(few, len(budgets))
+
+
+def test_a_method_that_does_not_exist_is_refused(experiment):
+  with pytest.raises(errors.UserError) as error:
+    methods.check(options(experiment, method=('sampler', 'magic')))
+  assert str(error.value) == (
+    'config.search.method: wanted one of sampler, evolution, nsga2, random, '
+    "found 'magic'"
+  )
 
 
 class Killed(Exception):
@@ -135,6 +212,8 @@ class Killed(Exception):
 def scored(evaluator, monkeypatch):
   """What the evaluator scores from now on; it is killed where 'kill' stands."""
   log, score = {'pairs': [], 'calls': 0, 'kill': None}, evaluator.score
+  # Nothing takes time but scoring: a second for each architecture.
+  monkeypatch.setattr(time, 'monotonic', lambda: float(len(log['pairs'])))
 
   def spy(supernet, archs, source):
     if log['calls'] == log['kill']:
@@ -190,10 +269,16 @@ def test_a_killed_search_goes_on(
   assert {row['method'] for row in results['budgets']} == {'sampler'}
   for row in results['budgets'] + results['rivals']:
     assert row['macs'] <= row['budget']
-  # Seconds are those that scoring took, whoever was killed on the way.
-  timing = json.loads((killed / 'search/timing.json').read_text())
-  spent = sum(row['seconds'] for row in rows if row['split'] == 'heldout')
-  assert sum(timing[f'{method}_seconds'] for method in METHODS) > 0.5 * spent
+  # Seconds are those of a method alone, whoever was killed on the way.
+  timings = [
+    json.loads((workdir / 'search/timing.json').read_text())
+    for workdir in (whole, killed)
+  ]
+  for method in METHODS:
+    first, second = (timing[f'{method}_seconds'] for timing in timings)
+    counted = results['methods'][method]
+    assert first == second
+    assert counted['new'] <= first <= counted['evaluations']
 
 
 def test_a_table_of_other_weights_is_not_used(
@@ -214,10 +299,10 @@ def test_a_table_of_other_weights_is_not_used(
   assert score(state) == (first, 0)
   later = state.replace(step=state.step + 1)
   assert score(later) == (first, 3)
-  doubled = later.replace(
-    supernet=jax.tree.map(lambda leaf: 2 * leaf, state.supernet)
-  )
-  assert score(doubled)[1] == 3
+  leaves, treedef = jax.tree.flatten(later.supernet)
+  leaves[0] = leaves[0].at[0].add(1e-6)
+  other = later.replace(supernet=treedef.unflatten(leaves))
+  assert score(other)[1] == 3
 
   path.write_text('not ours\n')
   with pytest.raises(errors.UserError, match='remove that file'):

@@ -35,6 +35,7 @@ from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
 from focusformer_jax.models import layers
 from focusformer_jax.models import vit
+from focusformer_jax.search import fingerprint
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import checkpoint
 from focusformer_jax.training import evaluate
@@ -86,9 +87,11 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
   """
   directory = epath.Path(settings.retrain.network or workdir / 'subnet')
   network, description = vit.load(directory)
+  if not settings.retrain.network:
+    _refuse_stale_network(workdir, directory, description)
   experiment = experiment_lib.create(settings)
   start = prepare(experiment, network, description)
-  facts = _facts(settings, directory)
+  facts = _facts(experiment, directory)
   score, folder = _scorer(experiment), workdir / 'retrain'
   checkpoint.claim(workdir)
   with checkpoint.Checkpoints(
@@ -108,13 +111,34 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
   _write(experiment, state.scored, description, accuracies, folder)
 
 
-def _facts(settings, directory: epath.Path) -> dict[str, Any]:
+def _refuse_stale_network(
+  workdir: epath.Path, directory: epath.Path, description: dict[str, Any]
+) -> None:
+  """Refuses a network that was not extracted from the newest checkpoint.
+
+  Raises:
+    UserError: names the first difference.
+  """
+  found = description.get('fingerprint')
+  if found is None:
+    logging.warning('%s does not say which weights it comes from', directory)
+    return
+  newest = fingerprint.of_newest_checkpoint(workdir) or {}
+  if key := fingerprint.difference(newest, found):
+    raise errors.UserError(
+      f'{directory}: wanted a network of the newest checkpoint, {key}; use '
+      '--mode=extract to write it again, or name it in config.retrain.network '
+      'to train it all the same'
+    )
+
+
+def _facts(
+  experiment: experiment_lib.Experiment, directory: epath.Path
+) -> dict[str, Any]:
   """What a checkpoint must agree with, by config key."""
+  settings = experiment.settings
   weights = (directory / vit.WEIGHTS).read_bytes()
-  return {
-    'data.name': settings.data.name,
-    'data.image_size': settings.data.image_size,
-    'data.heldout': settings.data.heldout,
+  return experiment.data_facts() | {
     'retrain.inherit': settings.retrain.inherit,
     'retrain.network': f'of SHA-256 {hashlib.sha256(weights).hexdigest()[:16]}',
     'retrain.optimizer.ema': settings.retrain.optimizer.ema > 0,

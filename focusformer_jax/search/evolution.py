@@ -1,41 +1,56 @@
-"""AutoFormer's evolution, for any cost."""
+"""AutoFormer's evolutionary search, for any cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from focusformer_jax import config as config_lib
-from focusformer_jax.search import methods
+from focusformer_jax.search import answers
 from focusformer_jax.search import score_cache
 from focusformer_jax.spaces import search_space
 
-# How often what exceeds its budget, or was seen before, is bred again.
+# Attempts to replace architectures that exceed the budget or are known.
 TRIES = 10
 
 
 def evolve(
   scorer: score_cache.Scorer,
-  budget: int,
-  seed: methods.Seed,
+  budgets: Sequence[int],
   options: config_lib.Search,
-) -> methods.Answer:
-  """AutoFormer's evolution (arXiv 2107.00651), for any cost.
+  seed: answers.Seed,
+) -> list[answers.Answer]:
+  """AutoFormer's evolution (arXiv 2107.00651, section 3.4), once per budget.
 
   The first generation is random. Each later one has mutants of the best
-  `parents` subnets so far, children of two of them of equal depth, and random
-  ones where those are too few. No subnet is scored twice, and parents are
-  kept for good. Unlike AutoFormer's, random subnets are uniform among those
-  within the budget, so that tight budgets need no luck, and fitness is the
-  held-out loss.
+  `parents` architectures so far, children of two of them of equal depth, and
+  random ones where those are too few. A run scores no architecture twice and
+  never drops a parent. Two things differ from AutoFormer: random architectures
+  are uniform among those within the budget, so that tight budgets need no
+  luck, and the fitness is the held-out loss.
   """
-  rng = np.random.default_rng(seed)
+  return [
+    _evolve(scorer, budget, options, np.random.default_rng([*seed, budget]))
+    for budget in budgets
+  ]
+
+
+def _evolve(
+  scorer: score_cache.Scorer,
+  budget: int,
+  options: config_lib.Search,
+  rng: np.random.Generator,
+) -> answers.Answer:
   space, table = scorer.experiment.space, scorer.experiment.cost_bins.table
   size = options.population
   seen: dict[str, tuple[float, search_space.Architecture]] = {}
 
-  def breed(fresh, wanted: int, propose: Callable):
-    """Adds what is within the budget and not seen yet, if it can be had."""
+  def breed(
+    fresh: dict[str, search_space.Architecture],
+    wanted: int,
+    propose: Callable[[int], search_space.Architecture],
+  ) -> None:
+    """Adds new architectures within the budget until there are `wanted`."""
     for _ in range(TRIES):
       if len(fresh) >= wanted:
         return
@@ -44,21 +59,21 @@ def evolve(
         if spent <= budget and (name := scorer.name(arch)) not in seen:
           fresh[name] = arch
 
-  def draw(count):
+  def draw(count: int) -> search_space.Architecture:
     return search_space.stack(scorer.draw(rng, budget, count))
 
-  def pick(count):
+  def pick(count: int) -> search_space.Architecture:
     best = sorted(seen.values(), key=lambda scored: scored[0])
     parents = best[: options.parents]
     chosen = rng.integers(len(parents), size=count)
     return search_space.stack([parents[i][1] for i in chosen])
 
-  def mutate(count):
+  def mutate(count: int) -> search_space.Architecture:
     return space.mutate(
       rng, pick(count), options.redraw_net, options.redraw_layer
     )
 
-  def cross(count):
+  def cross(count: int) -> search_space.Architecture:
     ones, others = pick(count), pick(count)
     mates = ones.depth == others.depth
     return space.crossover(rng, _take(ones, mates), _take(others, mates))
@@ -70,13 +85,15 @@ def evolve(
       breed(fresh, round(size * (options.mutants + options.children)), cross)
     breed(fresh, size, draw)
     if not fresh:
-      break  # All that fits is known.
+      break  # Every architecture within the budget is known.
     scores = scorer.heldout(fresh.values())
     for (name, arch), score in zip(fresh.items(), scores, strict=True):
       seen[name] = score.loss, arch
   _, arch = min(seen.values(), key=lambda scored: scored[0])
-  return methods.Answer(arch, len(seen))
+  return answers.Answer(arch, len(seen))
 
 
-def _take(archs, indices):
+def _take(
+  archs: search_space.Architecture, indices: np.ndarray
+) -> search_space.Architecture:
   return jax.tree.map(lambda leaf: leaf[indices], archs)

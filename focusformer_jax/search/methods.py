@@ -1,51 +1,108 @@
-"""What a search method is, and the two that only draw."""
+"""The registry of search methods: one more method is one more entry here."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import numpy as np
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
 
 from focusformer_jax import config as config_lib
+from focusformer_jax import errors
+from focusformer_jax.search import answers
+from focusformer_jax.search import evolution
 from focusformer_jax.search import score_cache
-from focusformer_jax.spaces import search_space
-from focusformer_jax.training import steps
+from focusformer_jax.training import state as state_lib
 
-Seed = int | Sequence[int]
-
-
-class Answer(NamedTuple):
-  """What a method proposes, and how many different subnets it had scored."""
-
-  arch: search_space.Architecture
-  evaluations: int
+# (scorer, budgets, options, seed) to an answer for each budget.
+Answers = Callable[
+  [score_cache.Scorer, Sequence[int], config_lib.Search, answers.Seed],
+  list[answers.Answer],
+]
 
 
-def ask_sampler(
-  scorer: score_cache.Scorer,
-  proposal: steps.Proposal,
-  budget: int,
-  seed: Seed,
-  options: config_lib.Search,
-) -> Answer:
-  """What the sampler decodes; the best of it and `draws` of its own draws."""
-  if not options.draws:
-    return Answer(proposal.arch, 0)
-  rng = np.random.default_rng(seed)
-  drawn = scorer.draw(rng, budget, options.draws, proposal.weights)
-  return _best(scorer, [proposal.arch, *drawn])
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A way to answer budgets.
+
+  Args:
+    answer: Function of (scorer, budgets, options, seed) that returns an answer
+      for each budget.
+    most: Function of (options, number of budgets) that returns the largest
+      number of architectures it may ask to be scored.
+    style: Keyword arguments of `Axes.plot` for its line in the report.
+  """
+
+  answer: Answers
+  most: Callable[[config_lib.Search, int], int]
+  style: dict[str, Any]
 
 
-def draw_evenly(
-  scorer: score_cache.Scorer,
-  budget: int,
-  seed: Seed,
-  options: config_lib.Search,
-) -> Answer:
-  """The best of uniform draws among all architectures within the budget."""
-  rng = np.random.default_rng(seed)
-  return _best(scorer, scorer.draw(rng, budget, options.random))
+def _nsga2(*arguments) -> list[answers.Answer]:
+  # pymoo takes a second to import.
+  from focusformer_jax.search import nsga2
+
+  return nsga2.nsga2(*arguments)
 
 
-def _best(scorer, archs) -> Answer:
-  losses = [score.loss for score in scorer.heldout(archs)]
-  return Answer(archs[int(np.argmin(losses))], len(archs))
+def _sampler_most(options: config_lib.Search, budgets: int) -> int:
+  proposals = options.draws + 1
+  if options.candidates:
+    return proposals * (options.candidates + budgets)
+  return proposals * budgets if options.draws else 0
+
+
+METHODS = {
+  'sampler': Method(
+    answers.ask_sampler,
+    _sampler_most,
+    dict(marker='o', color='tab:blue', zorder=4),
+  ),
+  'evolution': Method(
+    evolution.evolve,
+    lambda o, budgets: o.population * o.generations * budgets,
+    dict(marker='^', color='tab:green', linestyle='-.'),
+  ),
+  'nsga2': Method(
+    _nsga2,
+    lambda o, budgets: o.population * o.generations,
+    dict(marker='D', color='tab:purple', linestyle=':'),
+  ),
+  'random': Method(
+    answers.draw_evenly,
+    lambda o, budgets: o.random * budgets,
+    dict(marker='s', color='tab:orange', linestyle='--'),
+  ),
+}
+
+
+def check(options: config_lib.Search) -> None:
+  """Refuses methods that do not exist.
+
+  Raises:
+    UserError: names the first one.
+  """
+  for name in options.method:
+    if name not in METHODS:
+      raise errors.UserError(
+        f'config.search.method: wanted one of {", ".join(METHODS)}, found '
+        f'{name!r}'
+      )
+
+
+def most(options: config_lib.Search, budgets: int) -> int:
+  """The largest number of architectures that the configured methods score."""
+  return sum(METHODS[name].most(options, budgets) for name in options.method)
+
+
+def ask(
+  name: str, scorer: score_cache.Scorer, budgets: Sequence[int]
+) -> list[answers.Answer]:
+  """The answer of one method to each budget.
+
+  Args:
+    name: A key of METHODS.
+    scorer: Scores of a trained state.
+    budgets: Costs, none below the smallest subnet's.
+  """
+  settings = scorer.experiment.settings
+  # The bytes of the name, so that no two methods draw alike.
+  seed = settings.seed, int(state_lib.Stream.SEARCH), *name.encode()
+  return METHODS[name].answer(scorer, budgets, settings.search, seed)

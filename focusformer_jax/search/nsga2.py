@@ -1,4 +1,4 @@
-"""NSGA-II: all budgets from one run."""
+"""NSGA-II: the answers to all budgets from one run."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,15 @@ from pymoo.operators.selection.tournament import TournamentSelection
 from pymoo.problems.static import StaticProblem
 
 from focusformer_jax import config as config_lib
+from focusformer_jax.search import answers
 from focusformer_jax.search import evolution
-from focusformer_jax.search import methods
 from focusformer_jax.search import score_cache
 from focusformer_jax.spaces import cost
 from focusformer_jax.spaces import search_space
 
 
 class _Breeding(InfillCriterion):
-  """Mutated children of the winners of tournaments, within a limit."""
+  """Mutated children of tournament winners, none above a cost limit."""
 
   def __init__(
     self,
@@ -58,7 +58,7 @@ class _Breeding(InfillCriterion):
 
 
 def _matrix(archs: search_space.Architecture) -> np.ndarray:
-  """A row of choice indices for each of a batch."""
+  """The choice indices of a batch, one row per architecture."""
   columns = [np.reshape(leaf, (len(archs.depth), -1)) for leaf in archs]
   return np.concatenate(columns, axis=1)
 
@@ -72,19 +72,19 @@ def _architectures(matrix: np.ndarray) -> search_space.Architecture:
 def nsga2(
   scorer: score_cache.Scorer,
   budgets: Sequence[int],
-  seed: methods.Seed,
   options: config_lib.Search,
-) -> list[methods.Answer]:
-  """NSGA-II (Deb et al. 2002, pymoo's): all budgets from one run.
+  seed: answers.Seed,
+) -> list[answers.Answer]:
+  """NSGA-II (Deb et al. 2002, as pymoo implements it), one run for all budgets.
 
-  The objectives are held-out loss and the logarithm of the cost. The first
-  generation has uniform draws within each budget, and offspring is that of
-  `evolve`, parents of different depths included. A budget's answer is the best
-  within it of all that was scored; `evaluations` are those of the whole run.
+  The objectives are the held-out loss and the logarithm of the cost. The first
+  generation has uniform draws within each budget. Offspring is bred as in
+  `evolution`, but parents may differ in depth. The answer to a budget is the
+  best scored architecture within it; `evaluations` counts the whole run.
   """
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(list(seed))
   space, table = scorer.experiment.space, scorer.experiment.cost_bins.table
-  # From the lowest on: what a small population has is within every budget.
+  # Lowest budgets first, so that even a small population answers all of them.
   share = -(-options.population // len(budgets))
   start = [a for b in sorted(budgets) for a in scorer.draw(rng, b, share)]
   start = _matrix(search_space.stack(start[: options.population]))
@@ -100,7 +100,7 @@ def nsga2(
   while algorithm.has_next():
     generation = algorithm.ask()
     if generation is None:
-      break  # All that fits is known.
+      break  # Every architecture within the limit is known.
     batch = _architectures(generation.get('X'))
     archs, costs = search_space.unstack(batch), table.of_all(batch)
     names = [scorer.name(arch) for arch in archs]
@@ -113,8 +113,8 @@ def nsga2(
     algorithm.evaluator.eval(StaticProblem(problem, F=objectives), generation)
     algorithm.tell(infills=generation)
 
-  def best(budget):
+  def best(budget: int) -> search_space.Architecture:
     within = [scored for scored in seen.values() if scored[1] <= budget]
     return min(within, key=lambda scored: scored[0])[2]
 
-  return [methods.Answer(best(budget), len(seen)) for budget in budgets]
+  return [answers.Answer(best(budget), len(seen)) for budget in budgets]

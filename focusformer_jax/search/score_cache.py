@@ -1,56 +1,59 @@
-"""Scores of a search: asked for by methods, kept on disk, never taken twice."""
+"""Scores of architectures, cached on disk: none is computed twice."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import json
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
-import optax
+import numpy as np
 
 from focusformer_jax import atomic_files
 from focusformer_jax import errors
+from focusformer_jax.sampler import conditional
+from focusformer_jax.search import fingerprint
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import state as state_lib
+from focusformer_jax.training import steps
 
-# Architectures scored in one pass over the images; a kill loses no more.
+# Architectures scored in one pass over the images. A killed search loses the
+# scores of at most one group.
 GROUP = 64
 
 
 class Row(NamedTuple):
-  """One score; `seconds` is its share of what its group took."""
+  """A score, and the seconds that it took: an equal share of its group's."""
 
   score: evaluate.Score
   seconds: float
 
 
 class Table:
-  """Rows by (split, architecture), as a file with a JSON object a line.
+  """Rows by (split, architecture), kept in a file of one JSON object a line.
 
-  The first line says whose scores they are. A table of the same header is
-  continued, any other begun anew.
+  The first line is the fingerprint of the scores. A file with the same
+  fingerprint is continued, any other is replaced.
 
   Args:
-    path: of the file; None keeps rows in memory alone.
-    header: JSON values.
+    path: Path of the file; None keeps rows in memory alone.
+    header: The fingerprint.
 
   Raises:
-    UserError: a line cannot be read.
+    UserError: A line cannot be read.
   """
 
-  def __init__(self, path: epath.Path | None, header: dict[str, Any]):
+  def __init__(self, path: epath.Path | None, header: fingerprint.Fingerprint):
     self._path = path
     self.rows: dict[tuple[str, str], Row] = {}
     if path is None:
       return
-    header = json.loads(json.dumps(header))
     text = path.read_text() if path.exists() else ''
-    # Whoever was killed while writing left half a line.
+    # A process that was killed while writing left half a line.
     whole = text[: text.rfind('\n') + 1]
     try:
       lines = [json.loads(line) for line in whole.splitlines()]
@@ -74,7 +77,7 @@ class Table:
       atomic_files.write(path, whole)
 
   def add(self, rows: dict[tuple[str, str], Row], step: int) -> None:
-    """Appends rows, which stand on disk when this returns."""
+    """Appends rows; they are on disk when this returns."""
     self.rows |= rows
     if self._path is None or jax.process_index() != 0:
       return
@@ -92,10 +95,13 @@ class Table:
 
 
 class Counts(NamedTuple):
-  """What was asked of a scorer so far.
+  """The requests of one method.
 
-  `new` leaves out what had been asked for before. `saved` is how many seconds
-  it once took to score what did not have to be scored again.
+  Args:
+    evaluations: Architectures that it asked for, repetitions included.
+    new: Those that no method had asked for before.
+    saved: Seconds that it would have spent, had it run alone, on scores that
+      were known when it first asked for them.
   """
 
   evaluations: int = 0
@@ -107,14 +113,15 @@ class Scorer:
   """Scores architectures with the weights of one state, each only once.
 
   Args:
-    experiment: of the state.
-    evaluator: of the experiment.
-    state: whose weights are scored.
-    path: of the table that holds all scores; None keeps them in memory.
-    planned: most architectures that will be asked for, to say what is left.
+    experiment: The experiment that the state belongs to.
+    evaluator: The compiled programs of that experiment.
+    state: A training state, with the weights to score and the sampler.
+    path: Path of the table of all scores; None keeps them in memory.
+    planned: The largest number of architectures that will be asked for, for
+      progress lines.
 
   Raises:
-    UserError: the table cannot be read.
+    UserError: The table cannot be read.
   """
 
   def __init__(
@@ -126,53 +133,69 @@ class Scorer:
     planned: int = 0,
   ):
     self.experiment = experiment
-    self.counts = Counts()
-    self.draw = evaluator.draw
     self._evaluator = evaluator
     self._state = state
-    self._planned = planned
     self._sources = {
       split: experiment.dataset.split(split) for split in ('heldout', 'test')
     }
-    self._table = Table(
-      path,
-      experiment.facts()
-      | {
-        'supernet.dtype': experiment.settings.supernet.dtype,
-        'checkpoint_step': int(state.step),
-        # Tells runs apart that took as many steps.
-        'norm': float(jax.jit(optax.tree.norm)(state.scored)),
-      },
-    )
+    self._table = Table(path, fingerprint.of_scores(experiment, state))
     self._asked: set[str] = set()
+    self._planned, self._evaluations = planned, 0
     self._scored, self._seconds, self._shown = 0, 0.0, time.monotonic()
+    self.begin()
+
+  def begin(self) -> None:
+    """Starts the counts of another method."""
+    self.counts = Counts()
+    self._asked_by_method: set[str] = set()
 
   def heldout(
     self, archs: Iterable[search_space.Architecture]
   ) -> list[evaluate.Score]:
-    """Scores on held-out images, which methods choose by."""
+    """Scores on held-out images, by which methods choose."""
     archs = list(archs)
     names = {self.name(arch) for arch in archs}
-    rows = [self._table.rows.get(('heldout', name)) for name in names]
+    rows = [
+      self._table.rows.get(('heldout', name))
+      for name in names - self._asked_by_method
+    ]
     self.counts = Counts(
       self.counts.evaluations + len(archs),
       self.counts.new + len(names - self._asked),
       self.counts.saved + sum(row.seconds for row in rows if row),
     )
+    self._evaluations += len(archs)
     self._asked |= names
+    self._asked_by_method |= names
     return self._score('heldout', archs)
 
   def test(
     self, archs: Iterable[search_space.Architecture]
   ) -> list[evaluate.Score]:
-    """Scores on test images, which nothing may be chosen by."""
+    """Scores on test images, by which nothing may be chosen."""
     return self._score('test', list(archs))
 
+  def propose(self, budgets: Sequence[int]) -> list[steps.Proposal]:
+    """The sampler's proposal for each budget; see `Evaluator.propose`."""
+    return self._evaluator.propose(self._state.policy, budgets)
+
+  def draw(
+    self,
+    rng: np.random.Generator,
+    budget: float,
+    count: int,
+    weights: conditional.LogWeights | None = None,
+  ) -> list[search_space.Architecture]:
+    """Independent draws within a budget; see `Evaluator.draw`."""
+    return self._evaluator.draw(rng, budget, count, weights)
+
   def name(self, arch: search_space.Architecture) -> str:
-    """The same for the same subnet."""
+    """A text that is the same for two architectures of the same subnet."""
     return json.dumps(self.experiment.space.to_json(arch))
 
-  def _score(self, split, archs):
+  def _score(
+    self, split: str, archs: Sequence[search_space.Architecture]
+  ) -> list[evaluate.Score]:
     rows = self._table.rows
     wanted = {(split, self.name(arch)): arch for arch in archs}
     missing = [key for key in wanted if key not in rows]
@@ -192,12 +215,12 @@ class Scorer:
       )
       self._scored += len(keys)
       self._seconds += seconds
-      self._say_what_is_left(len(missing))
+      self._log_progress(len(missing))
     return [rows[split, self.name(arch)].score for arch in archs]
 
-  def _say_what_is_left(self, missing: int):
-    """A line now and then; what is known already will take no time."""
-    left = self._planned - self.counts.evaluations + missing
+  def _log_progress(self, missing: int) -> None:
+    """Logs an upper bound on the time left, at most once in a while."""
+    left = self._planned - self._evaluations + missing
     if left > 0 and time.monotonic() - self._shown > evaluate.PROGRESS_SECONDS:
       self._shown = time.monotonic()
       logging.info(

@@ -1,10 +1,4 @@
-"""Budgets to architectures: the sampler's answer, and rivals beside it.
-
-A method is a function of a `scores.Scorer`. Every one of them keeps its budget
-exactly: what it draws is within it, and what it breeds beyond it is thrown
-away. Every one chooses by held-out loss alone; test images are looked at in
-the end, for the table.
-"""
+"""Asks the search methods for every budget and writes their answers."""
 
 import dataclasses
 import time
@@ -16,15 +10,16 @@ import jax
 import numpy as np
 
 from focusformer_jax import atomic_files
-from focusformer_jax import config as config_lib
-from focusformer_jax.search import evolution
+from focusformer_jax.search import answers
+from focusformer_jax.search import fingerprint
 from focusformer_jax.search import methods
-from focusformer_jax.search import nsga2
 from focusformer_jax.search import score_cache
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import state as state_lib
+
+SCORES = 'search/scores.jsonl'
 
 
 def search(
@@ -33,50 +28,57 @@ def search(
   state: state_lib.TrainState,
   workdir: epath.Path,
 ) -> None:
-  """Asks each configured method for each budget, and scores what they say.
+  """Asks each configured method for an answer to each budget.
 
-  Beside them stand the smallest and the largest subnet. Scores are kept in
-  `search/scores.jsonl` as they come, so that a search that was killed goes on
-  where it was. Writes `results.json`, which depends on the configuration
-  alone, `search/timing.json`, which does not, and `search/policy.json`, what
-  the sampler learned.
+  The table of answers also has the smallest and the largest subnet. Scores are
+  appended to `search/scores.jsonl` as they are computed, so a search that was
+  killed continues where it stopped. Test images are scored at the end.
+
+  Writes `results.json`, which depends on the configuration and the weights
+  alone, `search/policy.json`, which says what the sampler has learned, and
+  `search/timing.json`. Its seconds are those that each method takes by itself,
+  for all budgets together, once everything is compiled: the time for scores
+  that were known beforehand is added.
   """
   options, budgets = experiment.settings.search, experiment.search_budgets
-  folder = workdir / 'search'
   scorer = score_cache.Scorer(
     experiment,
     evaluator,
     state,
-    folder / 'scores.jsonl',
-    _planned(options, len(budgets)),
+    workdir / SCORES,
+    methods.most(options, len(budgets)),
   )
   timing = {
     'compile_seconds': evaluator.compile(
       state, experiment.dataset.split('heldout')
     )
   }
-  found, counted = [], {}
+  found, counts = [], {}
   for method in options.method:
-    before, start = scorer.counts, time.monotonic()
-    answers = _ask(method, scorer, evaluator, state)
-    spent = score_cache.Counts(*(b - a for a, b in zip(before, scorer.counts)))
-    seconds = time.monotonic() - start + spent.saved
+    scorer.begin()
+    start = time.monotonic()
+    chosen = methods.ask(method, scorer, budgets)
+    seconds = time.monotonic() - start + scorer.counts.saved
     timing[f'{method}_seconds'] = seconds
     timing[f'{method}_seconds_per_budget'] = seconds / len(budgets)
-    counted[method] = {'evaluations': spent.evaluations, 'new': spent.new}
+    counts[method] = {
+      'evaluations': scorer.counts.evaluations,
+      'new': scorer.counts.new,
+    }
     found += [
-      (method, b, answer) for b, answer in zip(budgets, answers, strict=True)
+      (method, budget, answer)
+      for budget, answer in zip(budgets, chosen, strict=True)
     ]
     logging.info(
       '%s: %d subnets asked for, %d of them new, %.3g s',
       method,
-      spent.evaluations,
-      spent.new,
+      scorer.counts.evaluations,
+      scorer.counts.new,
       seconds,
     )
   table, space = experiment.cost_bins.table, experiment.space
   found += [
-    (name, table.of(arch), methods.Answer(arch, 0))
+    (name, table.of(arch), answers.Answer(arch, 0))
     for name, arch in (
       ('smallest', space.smallest()),
       ('largest', space.largest()),
@@ -88,59 +90,26 @@ def search(
     'data': experiment.settings.data.name,
     'seed': experiment.settings.seed,
     'checkpoint_step': int(state.step),
+    'fingerprint': fingerprint.of_answers(experiment, state),
     'search': dataclasses.asdict(options),
-    'methods': counted,
+    'methods': counts,
     'budgets': [row for row in rows if row['method'] == first],
     'rivals': [row for row in rows if row['method'] != first],
   }
   policy = learned(experiment, evaluator, state)
   if jax.process_index() == 0:
     for path, value in (
-      (folder / 'timing.json', timing),
-      (folder / 'policy.json', policy),
+      (workdir / 'search' / 'timing.json', timing),
+      (workdir / 'search' / 'policy.json', policy),
       (workdir / 'results.json', results),
     ):
       atomic_files.write_json(path, value)
 
 
-def _planned(options: config_lib.Search, budgets: int) -> int:
-  """How many architectures the methods may ask for."""
-  generations = options.population * options.generations
-  most = {
-    'sampler': budgets * (options.draws + 1 if options.draws else 0),
-    'random': budgets * options.random,
-    'evolution': budgets * generations,
-    'nsga2': generations,
-  }
-  return sum(most[method] for method in options.method)
-
-
-def _ask(method, scorer, evaluator, state) -> list[methods.Answer]:
-  """The answers of a method for all budgets."""
-  experiment = scorer.experiment
-  options, budgets = experiment.settings.search, experiment.search_budgets
-
-  def seed(*more):
-    # The name's bytes, so that no method draws what another does.
-    stream = int(state_lib.Stream.SEARCH)
-    return experiment.settings.seed, stream, *method.encode(), *more
-
-  if method == 'nsga2':
-    return nsga2.nsga2(scorer, budgets, seed(), options)
-  if method == 'sampler':
-    proposals = evaluator.propose(state.policy, budgets)
-    return [
-      methods.ask_sampler(scorer, proposal, b, seed(b), options)
-      for b, proposal in zip(budgets, proposals, strict=True)
-    ]
-  ask = {'evolution': evolution.evolve, 'random': methods.draw_evenly}[method]
-  return [ask(scorer, b, seed(b), options) for b in budgets]
-
-
 def _rows(
-  scorer: score_cache.Scorer, found: list[tuple[str, int, methods.Answer]]
+  scorer: score_cache.Scorer, found: list[tuple[str, int, answers.Answer]]
 ) -> list[dict[str, Any]]:
-  """Lines of the table: what was found, with its costs and scores."""
+  """Rows of the table: (method, budget, answer) with costs and scores."""
   experiment = scorer.experiment
   archs = [answer.arch for _, _, answer in found]
   return [
@@ -166,11 +135,11 @@ def learned(
   evaluator: evaluate.Evaluator,
   state: state_lib.TrainState,
 ) -> dict[str, Any]:
-  """What the sampler says at each budget, as JSON values.
+  """The sampler's distribution at each budget, as JSON values.
 
-  `probability` of each choice is exact and given the budget; the choices of a
-  layer sum to the probability that the layer is alive. `trained` counts how
-  often the supernet's training has made each choice.
+  `probability` of each choice is exact and conditioned on the budget; the
+  choices of a layer sum to the probability that the layer is alive. `trained`
+  counts the supernet's training steps with each choice.
   """
   space, budgets = experiment.space, experiment.search_budgets
   table = experiment.cost_bins.table

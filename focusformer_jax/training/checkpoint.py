@@ -16,6 +16,7 @@ import secrets
 from typing import Any, TypeVar
 import zlib
 
+from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
@@ -110,10 +111,12 @@ def _checksums(arrays: list[jax.Array]) -> UInt32[Array, 'A']:
   return jnp.stack([checksum(array) for array in arrays])
 
 
-def _checked(named: Mapping[str, jax.Array]) -> dict[str, int]:
-  """The checksum of each array by name."""
-  checksums = _checksums(list(named.values())).tolist()
-  return dict(zip(named, checksums, strict=True))
+def checksums(state: Tree) -> dict[str, int]:
+  """The checksum of each array of a state, by its name in a checkpoint."""
+  named = _named(state)
+  return dict(
+    zip(named, _checksums(list(named.values())).tolist(), strict=True)
+  )
 
 
 def _crc32(notes) -> int:
@@ -176,7 +179,7 @@ class Checkpoints:
     notes = {
       'facts': self._facts,
       'positions': {name: stream.position for name, stream in streams.items()},
-      'checksums': _checked(named),
+      'checksums': checksums(state),
     }
     with self._writing():
       self._orbax.save_checkpointables_async(
@@ -237,14 +240,7 @@ class Checkpoints:
         '--mode=train first'
       )
     wanted = _named(state)
-    try:
-      metadata = self._orbax.metadata(step)
-      saved, beside = metadata.metadata, metadata.custom_metadata or {}
-    except Exception as error:  # Orbax raises anything on a broken file.
-      raise self._unreadable(step, errors.first_line(error)) from error
-    notes = beside.get('notes')
-    if saved is None or beside.get('crc32') != _crc32(notes):
-      raise self._unreadable(step, 'other notes than were saved')
+    saved, notes = self._metadata(step)
     self._compare(step, notes['facts'])
     for name, leaf in wanted.items():
       if name not in saved or tuple(saved[name].shape) != leaf.shape:
@@ -259,13 +255,32 @@ class Checkpoints:
       )
     except Exception as error:
       raise self._unreadable(step, errors.first_line(error)) from error
-    found = {name: loaded['state'][name] for name in wanted}
-    for name, checksum in _checked(found).items():
+    restored = jax.tree.unflatten(
+      jax.tree.structure(state), [loaded['state'][name] for name in wanted]
+    )
+    for name, checksum in checksums(restored).items():
       if checksum != notes['checksums'].get(name):
         raise self._unreadable(step, f'another {name} than was saved')
     for name, batches in (streams or {}).items():
       batches.position = notes['positions'][name]
-    return jax.tree.unflatten(jax.tree.structure(state), list(found.values()))
+    return restored
+
+  def _metadata(self, step: int) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Shapes of the arrays, and the notes beside them."""
+    try:
+      metadata = self._orbax.metadata(step)
+      saved, beside = metadata.metadata, metadata.custom_metadata or {}
+    except Exception as error:  # Orbax raises anything on a broken file.
+      raise self._unreadable(step, errors.first_line(error)) from error
+    notes = beside.get('notes')
+    if saved is None or beside.get('crc32') != _crc32(notes):
+      raise self._unreadable(step, 'other notes than were saved')
+    return saved, notes
+
+  def noted_checksums(self) -> dict[str, int]:
+    """`checksums` of the state in the newest checkpoint, without reading it."""
+    _, notes = self._metadata(self.latest_step)
+    return notes['checksums']
 
   def _unreadable(self, step: int, found: str) -> errors.UserError:
     return errors.UserError(
@@ -275,9 +290,15 @@ class Checkpoints:
 
   def _compare(self, step: int, found: Mapping[str, Any]) -> None:
     for name, wanted in self._facts.items():
-      if found.get(name) != wanted:
+      if name not in found:  # Written before this was a fact.
+        logging.warning(
+          '%s: does not say which config.%s it was trained with',
+          self.directory / str(step),
+          name,
+        )
+      elif found[name] != wanted:
         raise errors.UserError(
           f'{self.directory / str(step)}: wanted a checkpoint with '
-          f'config.{name}={wanted}, found {found.get(name)}; change that key '
+          f'config.{name}={wanted}, found {found[name]}; change that key '
           'or use another --workdir'
         )

@@ -245,22 +245,37 @@ class Experiment:
 
   def facts(self) -> dict[str, Any]:
     """What a checkpoint must agree with, by config key."""
-    supernet, sampler = self.settings.supernet, self.settings.sampler
+    return config_facts(self.settings) | {'data': self.dataset.contents}
+
+  def data_facts(self) -> dict[str, Any]:
+    """The facts that say which images a network saw, and in which order."""
+    names = ('seed', 'data')
     return {
-      'seed': self.settings.seed,
-      'data': self.dataset.contents,
-      'data.name': self.settings.data.name,
-      'data.image_size': self.settings.data.image_size,
-      'data.heldout': self.settings.data.heldout,
-      'space': dataclasses.asdict(self.space),
-      'supernet.patch_size': supernet.patch_size,
-      'supernet.max_relative_position': supernet.max_relative_position,
-      'supernet.pool': supernet.pool,
-      'sampler.hidden': sampler.hidden,
-      'sampler.frequencies': sampler.frequencies,
-      'optimizer.ema': self.settings.optimizer.ema > 0,
-      'optimizer.accumulate': self.settings.optimizer.accumulate > 1,
+      name: fact
+      for name, fact in self.facts().items()
+      if name in names or name.startswith(('data.', 'augment.'))
     }
+
+
+def config_facts(settings: config_lib.Settings) -> dict[str, Any]:
+  """The facts that follow from the configuration alone."""
+  supernet, sampler = settings.supernet, settings.sampler
+  return {
+    'seed': settings.seed,
+    'data.name': settings.data.name,
+    'data.image_size': settings.data.image_size,
+    'data.heldout': settings.data.heldout,
+    'augment.mean': settings.augment.mean,
+    'augment.std': settings.augment.std,
+    'space': dataclasses.asdict(settings.space),
+    'supernet.patch_size': supernet.patch_size,
+    'supernet.max_relative_position': supernet.max_relative_position,
+    'supernet.pool': supernet.pool,
+    'sampler.hidden': sampler.hidden,
+    'sampler.frequencies': sampler.frequencies,
+    'optimizer.ema': settings.optimizer.ema > 0,
+    'optimizer.accumulate': settings.optimizer.accumulate > 1,
+  }
 
 
 def create(settings: config_lib.Settings, devices=None) -> Experiment:
