@@ -25,6 +25,7 @@ def shorten(c: ml_collections.ConfigDict) -> None:
   c.sampler.subnets = 4
   # Compiles in half the time.
   c.supernet.execution = 'masked'
+  c.search.candidates = 4
   c.search.random = 4
   c.search.population = 4
   c.search.generations = 2

@@ -24,6 +24,8 @@ from focusformer_jax import stages
 from focusformer_jax.data import augment
 from focusformer_jax.models import vit
 from focusformer_jax.sampler import distribution
+from focusformer_jax.search import methods
+from focusformer_jax.search import score_cache
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
@@ -41,6 +43,7 @@ class Answer:
     costs: All costs of the architecture in words, such as '6,912 MACs'.
     heldout: Mean loss and accuracy on the held-out images, with the weights
       inherited from the supernet.
+    evaluations: Architectures that were scored to choose it.
     architecture: Choice indices.
     description: The architecture in words.
   """
@@ -49,6 +52,7 @@ class Answer:
   cost: int
   costs: tuple[str, ...]
   heldout: evaluate.Score
+  evaluations: int
   architecture: search_space.Architecture
   description: str
 
@@ -100,7 +104,11 @@ class Run:
     return self.experiment.space
 
   def answer(self, budget: float) -> Answer:
-    """The sampler's architecture for a budget, and its held-out score.
+    """The sampler's best architecture for a budget, and its held-out score.
+
+    The same as the search's and as that of `--mode=extract`: the best by
+    held-out loss of the sampler's proposals to `config.search.candidates`
+    budgets that are within this one. A larger budget never gets a worse answer.
 
     Args:
       budget: Upper bound of `config.sampler.cost`, such as 150_000 MACs.
@@ -118,23 +126,21 @@ class Run:
     """
     table, tables = self.experiment.cost_bins.table, self.experiment.tables
     bounds = [int(self._bound(budget)) * table.unit for budget in budgets]
-    archs = [
-      proposal.arch
-      for proposal in self._evaluator.propose(self.state.policy, bounds)
-    ]
-    scores = self._evaluator.score(
-      self.state.scored, archs, self.experiment.dataset.split('heldout')
-    )
+    chosen = methods.ask('sampler', self._scorer, bounds)
+    scores = self._scorer.heldout([answer.arch for answer in chosen])
     return [
       Answer(
         budget=budget,
         cost=table.of(arch),
         costs=tuple(f'{t.of(arch):,} {t.label}' for t in tables.values()),
         heldout=score,
+        evaluations=evaluations,
         architecture=arch,
         description=self.space.describe(arch),
       )
-      for budget, arch, score in zip(budgets, archs, scores, strict=True)
+      for budget, (arch, evaluations), score in zip(
+        budgets, chosen, scores, strict=True
+      )
     ]
 
   def extract(
@@ -187,6 +193,10 @@ class Run:
     axes.set_xlabel(self.experiment.cost_bins.table.label)
     axes.set_ylabel('held-out accuracy')
     return axes
+
+  @functools.cached_property
+  def _scorer(self) -> score_cache.Scorer:
+    return score_cache.Scorer(self.experiment, self._evaluator, self.state)
 
   @functools.cached_property
   def _weights(self):

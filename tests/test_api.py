@@ -14,6 +14,8 @@ import pytest
 import focusformer_jax as ff
 from focusformer_jax.sampler import distribution
 from focusformer_jax.sampler import policy as policy_lib
+from focusformer_jax.search import methods
+from focusformer_jax.search import score_cache
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import evaluate
 from tests.conftest import ROOT, TINY
@@ -117,15 +119,15 @@ def test_supernet_is_the_same_in_every_mode_of_flax(graph):
   assert logits_BC.shape == (1, 2)
 
 
-def test_answer_is_what_the_sampler_decodes_with_its_heldout_score(
+def test_answer_is_the_samplers_with_its_heldout_score(
   run, answer, experiment, evaluator
 ):
-  proposal = evaluator.propose(run.state.policy, [BUDGET])[0]
-  assert answer.description == run.space.describe(proposal.arch)
-  assert answer.cost == experiment.tables['macs'].of(proposal.arch) <= BUDGET
-  score = evaluator.score(
-    run.state.scored, [proposal.arch], experiment.dataset.split('heldout')
-  )[0]
+  scorer = score_cache.Scorer(experiment, evaluator, run.state)
+  [(arch, evaluations)] = methods.ask('sampler', scorer, [BUDGET])
+  assert answer.description == run.space.describe(arch)
+  assert answer.cost == experiment.tables['macs'].of(arch) <= BUDGET
+  assert answer.evaluations == evaluations > 0
+  [score] = scorer.heldout([arch])
   np.testing.assert_allclose(answer.heldout, score, rtol=1e-5)
 
 
