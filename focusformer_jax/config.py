@@ -320,6 +320,11 @@ class Curriculum(schema.Section):
     '`attentive`: which candidate to train.',
     choices=('best', 'worst'),
   )
+  strata: bool = key(
+    False,
+    '`focus`, `uniform_cost` and `attentive`: draw the budgets of the subnets '
+    'of an update from as many equal parts of their range, one from each.',
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,6 +398,14 @@ class Sampler(schema.Section):
     choices=('log', 'linear'),
   )
   budgets_per_update: int = key(1, 'Budgets per sampler update.', at_least=1)
+  window: float = key(
+    0.0,
+    'Lower bound of costs, as a share of the budget, for `focus` after its '
+    'warm-up and for comparisons; dropped where no subnet is in between. 0: '
+    'no lower bound.',
+    at_least=0,
+    at_most=0.99,
+  )
   entropy: float = key(
     0.05,
     "Weight of the policy's entropy in its objective right after the warm-up.",
@@ -404,6 +417,14 @@ class Sampler(schema.Section):
     at_least=0,
   )
   learning_rate: float = key(1e-2, "Adam's learning rate.", above=0)
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.window and self.constraint == 'penalty':
+      raise ValueError(
+        f'window: wanted 0 with constraint=penalty, which draws freely, found '
+        f'{self.window}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,6 +160,10 @@ def test_messages_name_key_domain_and_value(tfds_dir, key, value, wanted):
       {'curriculum__subnets': 1, 'curriculum__name': 'sandwich'},
       'curriculum.subnets: wanted at least 2 for sandwich, found 1',
     ),
+    (
+      {'sampler__constraint': 'penalty', 'sampler__window': 0.8},
+      'sampler.window: wanted 0 with constraint=penalty, which draws freely',
+    ),
     ({'train__supernet': False}, 'train.initial: wanted a file of weights'),
     ({'sampler__cost': 'latency'}, 'sampler.latency: wanted the table'),
     ({'search__mutants': 0.6}, 'search.children: wanted at most 0.4'),

@@ -16,11 +16,12 @@ from tests.enumerated import COSTS
 COUNT, CALLS = 4, 1000
 
 
-def parse(name, distillation='none', **options):
+def parse(name, distillation='none', window=0.0, **options):
   config = digits.get_config()
   with config.unlocked():
     config.curriculum.update({'name': name, 'subnets': COUNT, **options})
     config.distillation.loss = distillation
+    config.sampler.window = window
   return config_lib.parse(config)
 
 
@@ -136,6 +137,41 @@ def test_focus_draws_from_the_policy_within_a_log_uniform_budget(bins):
   bounds = np.geomspace(*map(float, bins.range), 20_001)
   within = (COSTS[:, None] <= bounds) * uniform_over_choices()[:, None]
   assert_distributed(found, (within / within.sum(0)).mean(1))
+
+
+def test_focus_draws_from_the_policy_within_windows(bins):
+  weights, share = conditional.choice_weights(TINY), 0.9
+  found = draw(
+    bins,
+    parse('focus', epsilon=0.0, final_epsilon=0.0, window=share),
+    step=digits.get_config().train.steps,
+    policy=lambda budget: weights,
+  )
+  budgets = np.floor(np.geomspace(*map(float, bins.range), 20_001))
+  inside = COSTS[:, None] <= budgets
+  above = COSTS[:, None] > np.floor(share * budgets)
+  # Where the window is empty, the budget alone counts.
+  inside &= above | ~(inside & above).any(0)
+  assert not (inside & above).any(0).all()
+  probability = inside * uniform_over_choices()[:, None]
+  assert_distributed(found, (probability / probability.sum(0)).mean(1))
+
+
+@pytest.mark.parametrize('name', ['focus', 'uniform_cost'])
+def test_strata_give_each_subnet_a_part_of_the_range(bins, name):
+  found = draw(
+    bins,
+    parse(name, strata=True, epsilon=0.0, final_epsilon=0.0),
+    step=digits.get_config().train.steps,
+    policy=lambda budget: conditional.architecture_weights(TINY),
+  )
+  space = np.linspace if name == 'uniform_cost' else np.geomspace
+  bounds = space(*map(float, bins.range), COUNT * 5_000 + 1)
+  within = COSTS[:, None] <= bounds
+  probability = within / within.sum(0)
+  for part in range(COUNT):
+    these = slice(part * 5_000, (part + 1) * 5_000)
+    assert_distributed(found[:, part], probability[:, these].mean(1))
 
 
 def test_after_warmup_moves_in_a_straight_line():

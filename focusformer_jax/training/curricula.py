@@ -90,7 +90,8 @@ def uniform_cost(
 ) -> Draw:
   """Draws subnets uniformly within budgets that are uniform in the cost.
 
-  Each subnet has a budget of its own, between the lowest and the highest cost.
+  Each subnet has a budget of its own, between the lowest and the highest cost,
+  or with `strata` in its own one of S equal parts of that range.
   """
   within_budgets = _within_uniform_budgets(settings, space, bins, 1)
 
@@ -166,16 +167,20 @@ def focus(
   For the share `warmup` of all steps it is `uniform`. After that, a subnet is
   drawn from the policy with probability 1 - epsilon, otherwise uniformly over
   architectures. Epsilon moves in a straight line to `final_epsilon`.
+
+  With `sampler.window` w, draws for a budget b cost more than w * b, wherever
+  the space has an architecture in between. With `strata`, the budgets come from
+  S equal parts of their range. Neither changes the warm-up.
   """
-  count = settings.curriculum.subnets
+  count, window = settings.curriculum.subnets, settings.sampler.window
   warmup = warmup_steps(settings)
   epsilon = after_warmup(
     settings, settings.curriculum.epsilon, settings.curriculum.final_epsilon
   )
 
-  def draw_one(key, step, policy):
+  def draw_one(key, part, step, policy):
     budget_key, explore_key, draw_key = jax.random.split(key, 3)
-    budget = bins.draw(budget_key, settings.sampler.budgets)
+    budget = _budget(settings, bins, budget_key, part, settings.sampler.budgets)
     explore = jax.random.uniform(explore_key) < epsilon(step)
     weights = _select(
       step < warmup,
@@ -187,13 +192,16 @@ def focus(
       ),
     )
     bound = jnp.where(step < warmup, bins.range[1], budget)
-    drawn = conditional.sample(draw_key, weights, bins, bound, 1)
+    lower = None
+    if window:
+      lower = jnp.where(step < warmup, -1, bins.lower_bound(budget, window))
+    drawn = conditional.sample(draw_key, weights, bins, bound, 1, lower)
     return jax.tree.map(lambda leaf: leaf[0], drawn)
 
   def draw(key, step, policy, score):
     del score
-    return jax.vmap(draw_one, (0, None, None))(
-      jax.random.split(key, count), step, policy
+    return jax.vmap(draw_one, (0, 0, None, None))(
+      jax.random.split(key, count), jnp.arange(count), step, policy
     )
 
   return draw
@@ -208,6 +216,20 @@ CURRICULA: dict[str, Factory] = {
 }
 
 
+def _budget(
+  settings: config_lib.Settings,
+  bins: cost_bins.CostBins,
+  key: jax.Array,
+  part: Int[Array, ''],
+  scale: str,
+) -> Int[Array, '']:
+  """A random budget for the subnet number `part` of S."""
+  position = jax.random.uniform(key)
+  if settings.curriculum.strata:
+    position = (part + position) / settings.curriculum.subnets
+  return bins.denormalize(position, scale)
+
+
 def _within_uniform_budgets(
   settings: config_lib.Settings,
   space: search_space.SearchSpace,
@@ -216,14 +238,14 @@ def _within_uniform_budgets(
 ) -> Callable[[jax.Array], search_space.Architecture]:
   """Draws `candidates` architectures within each of S uniform budgets."""
 
-  def draw_one(key):
+  def draw_one(key, part):
     budget_key, draw_key = jax.random.split(key)
-    budget = bins.draw(budget_key, 'linear')
+    budget = _budget(settings, bins, budget_key, part, 'linear')
     return conditional.uniform_within(draw_key, space, bins, budget, candidates)
 
   def draw(key):
     keys = jax.random.split(key, settings.curriculum.subnets)
-    drawn = jax.vmap(draw_one)(keys)
+    drawn = jax.vmap(draw_one)(keys, jnp.arange(len(keys)))
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), drawn)
 
   return draw

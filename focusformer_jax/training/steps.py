@@ -142,22 +142,28 @@ def sampler_step(
   images with the supernet's weights; `rewards` turns that into advantages.
   """
   settings = experiment.settings.sampler
-  budgets, space = experiment.cost_bins, experiment.space
+  bins, space = experiment.cost_bins, experiment.space
   K, M = settings.budgets_per_update, settings.subnets
   budget_key, draw_key = jax.random.split(
     state_lib.stream_key(state.seed, state_lib.Stream.SAMPLER, state.step)
   )
-  budget_K = jax.vmap(lambda key: budgets.draw(key, settings.budgets))(
+  budget_K = jax.vmap(lambda key: bins.draw(key, settings.budgets))(
     jax.random.split(budget_key, K)
   )
   exact = settings.constraint == 'exact'
-  bound_K = budget_K if exact else jnp.full_like(budget_K, budgets.range[1])
-  position_K = jax.vmap(budgets.normalize)(budget_K)
+  bound_K = budget_K if exact else jnp.full_like(budget_K, bins.range[1])
+  position_K, lower_K = jax.vmap(bins.normalize)(budget_K), None
+  if settings.window:
+    lower_K = jax.vmap(lambda b: bins.lower_bound(b, settings.window))(budget_K)
 
-  def draw(key, position, bound):
-    return conditional.sample(key, state.policy(position), budgets, bound, M)
+  def draw(key, position, bound, lower):
+    return conditional.sample(
+      key, state.policy(position), bins, bound, M, lower
+    )
 
-  archs_KM = jax.vmap(draw)(jax.random.split(draw_key, K), position_K, bound_K)
+  archs_KM = jax.vmap(draw)(
+    jax.random.split(draw_key, K), position_K, bound_K, lower_K
+  )
   archs_A = jax.tree.map(
     lambda leaf: leaf.reshape(K * M, *leaf.shape[2:]), archs_KM
   )
@@ -167,7 +173,7 @@ def sampler_step(
     rewards.Scored(
       loss_KM=(scores.loss / scores.count).reshape(K, M),
       accuracy_KM=(scores.correct / scores.count).reshape(K, M),
-      cost_KM=jax.vmap(budgets.table.units)(archs_A).reshape(K, M),
+      cost_KM=jax.vmap(bins.table.units)(archs_A).reshape(K, M),
       budget_K=budget_K,
     ),
   )
@@ -176,15 +182,17 @@ def sampler_step(
   )(state.step)
 
   def loss_fn(policy: policy_lib.Policy):
-    def at_budget(position, bound, archs_M, advantage_M):
+    def at_budget(position, bound, lower, archs_M, advantage_M):
       weights = policy(position)
-      log_prob_M = conditional.log_prob(weights, space, budgets, bound, archs_M)
-      entropy = conditional.entropy(weights, budgets, bound)
+      log_prob_M = conditional.log_prob(
+        weights, space, bins, bound, archs_M, lower
+      )
+      entropy = conditional.entropy(weights, bins, bound, lower)
       loss = -jnp.mean(advantage_M * log_prob_M) - entropy_weight * entropy
       return loss, entropy
 
     loss_K, entropy_K = jax.vmap(at_budget)(
-      position_K, bound_K, archs_KM, advantage_KM
+      position_K, bound_K, lower_K, archs_KM, advantage_KM
     )
     return loss_K.mean(), entropy_K.mean()
 
