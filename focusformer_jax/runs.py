@@ -22,6 +22,7 @@ from focusformer_jax import errors
 from focusformer_jax import sharding
 from focusformer_jax import stages
 from focusformer_jax.data import augment
+from focusformer_jax.data import datasets
 from focusformer_jax.models import vit
 from focusformer_jax.sampler import distribution
 from focusformer_jax.search import methods
@@ -82,7 +83,6 @@ class Run:
     self.experiment = experiment
     self.state = state
     self.workdir = workdir
-    self._evaluator = evaluate.Evaluator(experiment)
 
   def __repr__(self) -> str:
     table = self.experiment.cost_bins.table
@@ -102,6 +102,16 @@ class Run:
   def space(self) -> search_space.SearchSpace:
     """The search space of the supernet."""
     return self.experiment.space
+
+  @property
+  def geometry(self) -> search_space.Geometry:
+    """Sizes of images and patches, and the number of classes."""
+    return self.experiment.geometry
+
+  @property
+  def dataset(self) -> datasets.Dataset:
+    """The images, by split: `train`, `heldout` and `test`."""
+    return self.experiment.dataset
 
   def answer(self, budget: float) -> Answer:
     """The sampler's best architecture for a budget, and its held-out score.
@@ -196,7 +206,8 @@ class Run:
 
   @functools.cached_property
   def _scorer(self) -> score_cache.Scorer:
-    return score_cache.Scorer(self.experiment, self._evaluator, self.state)
+    evaluator = evaluate.Evaluator(self.experiment)
+    return score_cache.Scorer(self.experiment, evaluator, self.state)
 
   @functools.cached_property
   def _weights(self):
