@@ -114,6 +114,7 @@ def settings_of(
     'train.eval_every': steps,
     'train.checkpoint_every': -(-steps // 4),
     'search.method': (method, 'random'),
+    'search.candidates': 0,
     'search.random': 32,
     'search.population': 32,
     'search.generations': 5,
