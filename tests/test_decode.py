@@ -138,6 +138,27 @@ def test_center_share_of_1_shows_the_whole_shorter_side():
   assert np.array_equal(image[..., 0], pixels)
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('size', [16, 32, 64, 128, 300])
+def test_random_boxes_of_jpegs_decoded_at_a_smaller_scale(
+  photograph, size, channels
+):
+  # The same boxes of the whole image are what PNGs give.
+  jpeg, png = encode(photograph, 'JPEG'), encode(photograph, 'PNG')
+  for seed in range(4):
+    found, wanted, moved = (
+      decoded(encoded, size, channels, np.random.default_rng(seed), area)
+      for encoded, area in (
+        (jpeg, (0.4, 0.9)),
+        (png, (0.4, 0.9)),
+        (png, (0.4, 0.5)),
+      )
+    )
+    difference = np.abs(found.astype(int) - wanted.astype(int)).mean()
+    other = np.abs(moved.astype(int) - wanted.astype(int)).mean()
+    assert difference < min(8, other / 2)
+
+
 def test_bytes_that_are_no_image_are_refused(photograph):
   half = encode(photograph, 'JPEG')[:20_000]
   for encoded, found in ((b'hello', '5'), (half, '20,000')):

@@ -77,24 +77,34 @@ def center_box(height: int, width: int, share: float = CENTER_SHARE) -> Box:
   return Box((height - side) // 2, (width - side) // 2, side, side)
 
 
-def _pixels(encoded: bytes, channels: int) -> np.ndarray:
-  """Decodes a whole image to uint8 (height, width, 3), or (height, width).
+def _decode_jpeg(
+  encoded: bytes, channels: int, height: int, width: int, shrink: int
+) -> np.ndarray | None:
+  """Decodes a JPEG of height x width pixels at 1/shrink of its size.
 
-  The next call from the same thread may overwrite the result.
+  Returns:
+    Pixels, which the next call from the same thread may overwrite; None for
+    the few files that bend the rules.
   """
-  if simplejpeg.is_jpeg(encoded):
-    try:
-      height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-      # The fast transforms lose less than JPEG itself does.
-      return simplejpeg.decode_jpeg(
-        encoded,
-        'GRAY' if channels == 1 else 'RGB',
-        fastdct=True,
-        fastupsample=True,
-        buffer=_room(height * width * channels),
-      )
-    except ValueError:
-      pass  # A few files bend the rules; OpenCV is more tolerant.
+  height, width = -(-height // shrink), -(-width // shrink)
+  try:
+    # The fast transforms lose less than JPEG itself does.
+    return simplejpeg.decode_jpeg(
+      encoded,
+      'GRAY' if channels == 1 else 'RGB',
+      fastdct=True,
+      fastupsample=True,
+      min_height=height,
+      min_width=width,
+      min_factor=shrink,
+      buffer=_room(height * width * channels),
+    )
+  except ValueError:
+    return None
+
+
+def _decode(encoded: bytes, channels: int) -> np.ndarray:
+  """Decodes any image to uint8 (height, width, 3), or (height, width)."""
   colors = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
   pixels = cv2.imdecode(
     np.frombuffer(encoded, np.uint8), colors | cv2.IMREAD_IGNORE_ORIENTATION
@@ -140,15 +150,29 @@ def decode_into(
     UserError: The bytes are not an image.
   """
   size, _, channels = image.shape
-  pixels = _pixels(encoded, channels)
-  height, width = pixels.shape[:2]
-  if rng is None or area is None:
-    box = center_box(height, width, center)
-  else:
+  pixels = None
+  try:
+    height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
+  except ValueError:  # Not a JPEG, or one that OpenCV alone reads.
+    pixels = _decode(encoded, channels)
+    height, width = pixels.shape[:2]
+  draws = rng is not None and area is not None
+  if draws:
     box = random_box(rng, height, width, area)
+  else:
+    box = center_box(height, width, center)
+  step = min(box.height, box.width) / size
+  if pixels is None:
+    # Leaving out high frequencies is cheaper than averaging pixels. It moves a
+    # box by up to half a pixel of the batch, which a random box can take.
+    shrink = next(n for n in (8, 4, 2, 1) if n == 1 or (draws and step >= n))
+    pixels = _decode_jpeg(encoded, channels, height, width, shrink)
+    if pixels is None:
+      pixels = _decode(encoded, channels)
+    y, x = pixels.shape[0] / height, pixels.shape[1] / width
+    box = Box(*(round(s * n) for s, n in zip((y, x, y, x), box, strict=True)))
   pixels = pixels[box.top :, box.left :][: box.height, : box.width]
   # Linear interpolation reads two pixels, and skips those between them where
   # the image shrinks to less than half.
-  shrinks = min(box.height, box.width) >= 2 * size
-  how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+  how = cv2.INTER_AREA if step >= 2 else cv2.INTER_LINEAR
   cv2.resize(pixels, (size, size), dst=image, interpolation=how)
