@@ -35,7 +35,6 @@ def get_config(variant: str = 'tiny') -> ml_collections.ConfigDict:
   c.data.test = 'validation'
   c.data.batch_size = 1024
   c.data.eval_batch_size = 1024
-  c.data.workers = 16
 
   c.augment.resized_crop = (0.08, 1.0)
   c.augment.flip = True
@@ -77,6 +76,5 @@ def get_config(variant: str = 'tiny') -> ml_collections.ConfigDict:
 
   if variant == 'smoke':
     c.data.image_size = 32
-    c.data.workers = 0
     smoke.shrink(c)
   return c.lock()

@@ -61,10 +61,11 @@ class Data(schema.Section):
     at_least=1,
   )
   workers: int = key(
-    0,
-    'Processes that decode images; 0 decodes in threads, which is enough for '
-    'small images.',
-    at_least=0,
+    -1,
+    'Processes that read and decode images; 0 reads in threads. -1 takes '
+    'processes for encoded images on more than 8 cores, one for every two '
+    'cores, and threads otherwise.',
+    at_least=-1,
   )
 
 

@@ -431,10 +431,16 @@ def test_workers_do_not_change_batches():
   wanted = [next(threads)['image'] for _ in range(6)]
   batches = batches_lib.train_batches(photographs(30), 8, seed=0, workers=2)
   found = [next(batches)['image'] for _ in range(3)]
-  resumed = batches_lib.train_batches(photographs(30), 8, seed=0, workers=1)
+  resumed = batches_lib.train_batches(photographs(30), 8, seed=0)
   resumed.position = batches.position
   found += [next(resumed)['image'] for _ in range(3)]
   assert np.array_equal(found, wanted)
+
+
+def test_automatic_workers_are_for_encoded_images_on_many_cores():
+  workers = batches_lib.automatic_workers
+  assert [workers(photographs(1), n) for n in (1, 8, 16, 224)] == [0, 0, 8, 32]
+  assert workers(numbered(1), 224) == 0
 
 
 def test_repeats_are_apart_and_cropped_differently():
