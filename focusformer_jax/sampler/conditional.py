@@ -176,7 +176,7 @@ def _choose(
       recursion.before,
       recursion.halfway,
       jax.random.split(key, layers),
-      jnp.arange(layers) < jnp.asarray(bins.table.depth)[d],
+      search_space.live_layers(bins.table.depth, d),
     ),
     reverse=True,
   )
@@ -273,13 +273,12 @@ def log_weight(
 ) -> Float[Array, '']:
   """Log p(a) with no budget: a sum over live decisions alone."""
   layers = jnp.arange(space.num_layers)
-  live = layers < jnp.asarray(space.depth)[arch.depth]
   per_layer = weights.num_heads[layers, arch.num_heads]
   per_layer += weights.mlp_ratio[layers, arch.mlp_ratio]
   return (
     weights.depth[arch.depth]
     + weights.embed_dim[arch.embed_dim]
-    + jnp.sum(jnp.where(live, per_layer, 0.0))
+    + jnp.sum(jnp.where(space.live_layers(arch.depth), per_layer, 0.0))
   )
 
 

@@ -66,12 +66,15 @@ class Policy(nnx.Module):
     """
     angles = jnp.pi * jnp.arange(1, self.frequencies + 1) * budget
     x = jnp.concatenate([budget[None], jnp.sin(angles), jnp.cos(angles)])
-    for layer in self.hidden:
-      x = jax.nn.gelu(layer(x))
+    # By default, accelerators round factors to TF32 or bfloat16.
+    with jax.default_matmul_precision('float32'):
+      for layer in self.hidden:
+        x = jax.nn.gelu(layer(x))
+      x = self.out(x)
     shapes = self._shapes()
     splits = np.cumsum([leaf.size for leaf in shapes])[:-1]
     logits = [
       flat.reshape(leaf.shape)
-      for flat, leaf in zip(jnp.split(self.out(x), splits), shapes, strict=True)
+      for flat, leaf in zip(jnp.split(x, splits), shapes, strict=True)
     ]
     return jax.tree.map(jax.nn.log_softmax, conditional.LogWeights(*logits))

@@ -94,8 +94,7 @@ class CostTable:
     """Adds up `entries` with arrays of the module `xp`, NumPy or JAX."""
     stem, attention, mlp = entries
     e = xp.asarray(arch.embed_dim)
-    layers = xp.arange(arch.num_heads.shape[-1])
-    live = layers < xp.asarray(self.depth)[arch.depth][..., None]
+    live = search_space.live_layers(self.depth, arch.depth, xp)
     layer = attention[e[..., None], arch.num_heads]
     layer += mlp[e[..., None], arch.mlp_ratio]
     return stem[e] + xp.sum(xp.where(live, layer, 0), axis=-1)

@@ -4,6 +4,7 @@ Letters: `L` layers of the supernet.
 """
 
 import dataclasses
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +70,21 @@ class Geometry:
   def num_tokens(self) -> int:
     """Patches and the class token."""
     return self.num_patches + 1
+
+
+def live_layers(
+  depths: tuple[int, ...],
+  depth: Int[Array, '*A'],
+  xp: types.ModuleType = jnp,
+) -> Bool[Array, '*A L']:
+  """Which of `depths[-1]` layers run: as many as `depths[depth]`, the first.
+
+  Args:
+    depths: The choices of depth.
+    depth: Index of the chosen one; may be traced, or an array of several.
+    xp: Module that computes it; `numpy` stays on the host.
+  """
+  return xp.arange(depths[-1]) < xp.asarray(depths)[depth][..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +153,7 @@ class SearchSpace(schema.Section):
     return len(self.embed_dim) * sum(per_layer**d for d in self.depth)
 
   def _corner(self, depth: int, embed_dim: int, heads: int, ratio: int):
-    layers = np.arange(self.num_layers) < self.depth[depth]
+    layers = self.live_layers(np.int32(depth), np)
     return Architecture(
       np.int32(depth % len(self.depth)),
       np.int32(embed_dim % len(self.embed_dim)),
@@ -162,16 +178,18 @@ class SearchSpace(schema.Section):
     ends = np.stack(np.meshgrid(*[[0, -1]] * 4, indexing='ij'), -1)
     return [self._corner(*map(int, end)) for end in ends.reshape(-1, 4)]
 
-  def _live(self, depth: Int[Array, '*A'], xp) -> Bool[Array, '*A L']:
-    """Which layers run at a depth choice."""
-    return xp.arange(self.num_layers) < xp.asarray(self.depth)[depth][..., None]
+  def live_layers(
+    self, depth: Int[Array, '*A'], xp: types.ModuleType = jnp
+  ) -> Bool[Array, '*A L']:
+    """Which layers run, given the index of the chosen depth."""
+    return live_layers(self.depth, depth, xp)
 
   def canonical(self, arch: Architecture, xp=jnp) -> Architecture:
     """The same subnet with zeros at its dead layers; `arch` may be traced.
 
     `xp` is the module that computes it: `numpy` stays on the host.
     """
-    live = self._live(arch.depth, xp)
+    live = self.live_layers(arch.depth, xp)
     return arch._replace(
       num_heads=xp.where(live, arch.num_heads, 0),
       mlp_ratio=xp.where(live, arch.mlp_ratio, 0),
@@ -208,7 +226,7 @@ class SearchSpace(schema.Section):
       layer: the same for each other choice of a live layer. Layers that a
         greater depth brings to life are always drawn.
     """
-    per_layer = np.where(self._live(archs.depth, np), layer, 1.0)
+    per_layer = np.where(self.live_layers(archs.depth, np), layer, 1.0)
 
     def redraw(name: str, probability) -> np.ndarray:
       kept = getattr(archs, name)
@@ -238,7 +256,8 @@ class SearchSpace(schema.Section):
       ones: a batch.
       others: as many.
     """
-    alive, others_alive = (self._live(a.depth, np) for a in (ones, others))
+    alive = self.live_layers(ones.depth, np)
+    others_alive = self.live_layers(others.depth, np)
 
     def mix(name: str, one_has, other_has) -> np.ndarray:
       one, other = getattr(ones, name), getattr(others, name)
