@@ -1,7 +1,6 @@
 """Tables, plots and one HTML page about a run, from what is on disk."""
 
 import base64
-import collections
 import html
 import io
 import json
@@ -13,14 +12,10 @@ import matplotlib
 from matplotlib import figure as figure_lib
 from matplotlib import ticker
 import numpy as np
-import tensorflow as tf
 
 from focusformer_jax import atomic_files
 from focusformer_jax import text_table
-
-# Points (step, value) by the name of a metric.
-Curves = dict[str, list[tuple[int, float]]]
-
+from focusformer_jax.training import metrics
 
 COLUMNS = (
   ('method', '{}'),
@@ -122,26 +117,10 @@ def _short_ticks(axis):
   axis.set_major_formatter(_short)
 
 
-def read_metrics(directory: epath.Path) -> Curves:
-  """Scalars that training logged; where a run resumed, the later ones."""
-  curves = collections.defaultdict(dict)
-  for path in sorted(directory.glob('events.out.tfevents.*')):
-    try:
-      for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-        event = tf.compat.v1.Event.FromString(record)
-        for value in event.summary.value:
-          scalar = tf.make_ndarray(value.tensor)
-          if scalar.ndim == 0:
-            curves[value.tag][event.step] = float(scalar)
-    except tf.errors.DataLossError:
-      pass  # Whoever was killed while writing left half a record.
-  return {name: sorted(curves[name].items()) for name in sorted(curves)}
-
-
 _short = ticker.EngFormatter(places=1, sep='')
 
 
-def curve_plots(curves: Curves) -> dict[str, figure_lib.Figure]:
+def curve_plots(curves: metrics.Curves) -> dict[str, figure_lib.Figure]:
   """What training logged, a plot for each kind of metric that is there."""
   budgets = sorted(
     {int(m[1]) for name in curves if (m := re.match(r'budget_(\d+)/', name))}
@@ -414,7 +393,7 @@ def report(workdir: epath.Path) -> str:
     name: atomic_files.read_json(workdir / path)
     for name, path in FILES.items()
     if (workdir / path).exists()
-  } | {'metrics': read_metrics(workdir / 'metrics')}
+  } | {'metrics': metrics.read(workdir / 'metrics')}
   figures = {'pareto': pareto_plot(found['results'])}
   figures |= curve_plots(found['metrics'])
   if 'policy' in found:

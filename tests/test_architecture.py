@@ -13,6 +13,7 @@ ORDER = (
   'atomic_files',
   'text_table',
   'schema',
+  'progress',
   'spaces',
   'config',
   'config_docs',

@@ -29,7 +29,9 @@ def draw(bins, settings, step=0, policy=None, score=None):
   """Indices into `ALL` of 1,000 calls' draws, of shape (1000, 4)."""
   make = curricula.make(settings, TINY, bins)
   keys = jax.random.split(jax.random.key(7), CALLS)
-  archs = jax.jit(jax.vmap(lambda key: make(key, step, policy, score)))(keys)
+  archs = jax.jit(jax.vmap(lambda key: make(key, step, policy, score).archs))(
+    keys
+  )
   return identify(archs)
 
 

@@ -22,6 +22,8 @@ def make(steps=100, batch_size=128, **changes):
 
 
 class Weights(nnx.Module):
+  """Two numbers, which weight decay applies to."""
+
   def __init__(self):
     self.up = nnx.Param(jnp.array([[1.0, 2.0]]), axes=('embed', 'mlp'))
 
@@ -33,7 +35,7 @@ def gradient(*values):
 @pytest.mark.parametrize(
   'reference, accumulate, scale', [(0, 1, 1), (64, 1, 2), (256, 4, 2)]
 )
-def test_the_rate_follows_the_batch(reference, accumulate, scale):
+def test_learning_rate_scales_with_the_batch(reference, accumulate, scale):
   settings = dataclasses.replace(
     OPTIMIZER, reference_batch=reference, accumulate=accumulate
   )
@@ -45,7 +47,7 @@ def test_the_rate_follows_the_batch(reference, accumulate, scale):
   assert schedule(last) == pytest.approx(scale * end, rel=1e-4)
 
 
-def test_accumulated_gradients_are_one_mean_gradient():
+def test_accumulation_averages_gradients():
   whole, parts = make(warmup_steps=0), make(warmup_steps=0, accumulate=2)
   wanted, _ = whole.update(gradient(0.2, 0.1), whole.init(Weights()), Weights())
   state = parts.init(Weights())
@@ -57,7 +59,7 @@ def test_accumulated_gradients_are_one_mean_gradient():
   )
 
 
-def test_untouched_entries_move_or_are_held():
+def test_hold_untouched_keeps_entries_without_gradient():
   for hold in (False, True):
     optimizer = make(warmup_steps=0, hold_untouched=hold)
     weights, state = Weights(), optimizer.init(Weights())
@@ -70,7 +72,7 @@ def test_untouched_entries_move_or_are_held():
     assert (before[0, 1] == after[0, 1]) == hold
 
 
-def test_a_moving_average_starts_near_the_newest_weights():
+def test_average_starts_near_the_newest_weights():
   zeros, ones = jax.tree.map(jnp.zeros_like, Weights()), gradient(1.0, 1.0)
   early = optim.average(0.99, jnp.int32(0), zeros, ones).up.get_value()
   late = optim.average(0.99, jnp.int32(10_000), zeros, ones).up.get_value()
@@ -78,7 +80,7 @@ def test_a_moving_average_starts_near_the_newest_weights():
   np.testing.assert_allclose(late, 0.01, rtol=1e-4)
 
 
-def test_a_loss_that_is_not_finite_skips_the_update():
+def test_refused_updates_are_skipped_and_counted():
   optimizer = make(warmup_steps=0)
   state, weights = optimizer.init(Weights()), Weights()
   for loss, skipped in ((1.0, 0), (np.inf, 1), (np.nan, 2), (1.0, 0)):
@@ -88,3 +90,59 @@ def test_a_loss_that_is_not_finite_skips_the_update():
     assert np.any(updates.up.get_value()) == (skipped == 0)
     assert np.isfinite(updates.up.get_value()).all()
   assert state.total_notfinite == 2
+
+
+def test_skipping_keeps_the_state_of_optax():
+  """Checkpoints name arrays by the structure of the optimizer's state."""
+  adam = optax.adam(0.1)
+  wanted = optax.apply_if_finite(adam, 1).init(Weights())
+  found = optim.skip_not_finite(adam)
+  assert jax.tree.structure(found.init(Weights())) == (
+    jax.tree.structure(wanted)
+  )
+  lowered = jax.jit(found.update).lower(gradient(0.1, 0.1), wanted, Weights())
+  assert 'stablehlo.case' not in lowered.as_text()
+  assert 'stablehlo.if' not in lowered.as_text()
+
+
+def train(optimizer, losses, ema=0.0, accumulate=1):
+  """The parts of the state after each of several steps at a given loss."""
+  trained = optim.Trained(Weights(), optimizer.init(Weights()), Weights())
+  found = []
+  for step, loss in enumerate(losses):
+
+    def loss_fn(weights, loss=loss):
+      return loss + 0.1 * weights.up.sum(), {'shown': jnp.float32(7)}
+
+    trained, scalars = optim.update(
+      optimizer, loss_fn, trained, ema, step // accumulate
+    )
+    assert scalars['shown'] == 7
+    found.append((trained, scalars))
+  return found
+
+
+def arrays(weights):
+  return np.asarray(weights.up.get_value())
+
+
+def test_update_refuses_a_loss_that_is_not_finite():
+  optimizer = make(warmup_steps=0)
+  (first, before), (same, scalars) = train(optimizer, [1.0, np.inf], ema=0.5)
+  assert before['skipped_in_a_row'] == 0
+  assert scalars['skipped_in_a_row'] == scalars['skipped'] == 1
+  assert not np.array_equal(arrays(first.weights), arrays(Weights()))
+  assert np.array_equal(arrays(same.weights), arrays(first.weights))
+  # There is nothing new to average either.
+  assert np.array_equal(arrays(same.average), arrays(first.average))
+
+
+def test_average_moves_once_per_update_of_accumulated_gradients():
+  whole = train(make(warmup_steps=0), [1.0] * 3, ema=0.5)
+  accumulating = make(warmup_steps=0, steps=200, accumulate=2)
+  parts = train(accumulating, [1.0] * 6, ema=0.5, accumulate=2)
+  for i, (wanted, _) in enumerate(whole):
+    for found, _ in parts[2 * i + 1 : 2 * i + 3]:
+      np.testing.assert_allclose(
+        arrays(found.average), arrays(wanted.average), rtol=1e-5
+      )

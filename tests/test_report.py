@@ -4,19 +4,19 @@ import base64
 import html.parser
 import json
 
-from clu import metric_writers
 from etils import epath
 import pytest
 
 from focusformer_jax import report
 from focusformer_jax.search import search
+from focusformer_jax.training import metrics
 from focusformer_jax.training import train
 
 
 def write_metrics(directory, by_step):
-  writer = metric_writers.SummaryWriter(str(directory))
+  writer = metrics.Writer(directory, min(by_step) - 1)
   for step, values in by_step.items():
-    writer.write_scalars(step, values)
+    writer.write(step, values)
   writer.close()
 
 
@@ -94,11 +94,11 @@ def test_what_is_missing_is_left_out(workdir, tmp_path):
 def test_metrics_of_a_resumed_run_are_one_curve(tmp_path):
   def write(losses):
     by_step = {step: {'train/loss': loss} for step, loss in losses.items()}
-    write_metrics(tmp_path, by_step)
+    write_metrics(epath.Path(tmp_path), by_step)
 
   write({1: 4.0, 2: 3.0, 3: 9.0})
   (killed,) = tmp_path.glob('events*')
   killed.write_bytes(killed.read_bytes()[:-3])
   write({3: 2.0, 4: 1.0})
-  curves = report.read_metrics(epath.Path(tmp_path))
+  curves = metrics.read(epath.Path(tmp_path))
   assert curves == {'train/loss': [(1, 4), (2, 3), (3, 2), (4, 1)]}

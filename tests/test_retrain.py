@@ -1,4 +1,4 @@
-"""Networks on their own: carried over, trained further, resumed."""
+"""Retraining: transfer to other data, training, resuming."""
 
 import dataclasses
 import functools
@@ -19,6 +19,8 @@ from focusformer_jax.models import layers
 from focusformer_jax.models import vit
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import loop
+from focusformer_jax.training import train
 
 ARCHITECTURE = {
   'depth': 2,
@@ -75,11 +77,11 @@ def assert_equal(one, other):
     assert np.array_equal(a, b)
 
 
-def test_a_network_carries_over_to_its_own_geometry_unchanged(network):
+def test_transfer_to_the_same_geometry_changes_nothing(network):
   assert_equal(retrain.transfer(network, new_network(seed=1)), network)
 
 
-def test_other_classes_start_with_a_new_head(network):
+def test_transfer_to_other_classes_takes_the_new_head(network):
   new = new_network(seed=1, num_classes=3)
   found = retrain.transfer(network, new)
   assert_equal((found.stem, found.blocks), (network.stem, network.blocks))
@@ -87,7 +89,7 @@ def test_other_classes_start_with_a_new_head(network):
   assert_equal(found.head.kernel, new.head.kernel)
 
 
-def test_positions_are_interpolated_and_the_class_token_kept():
+def test_resize_positions_interpolates_and_keeps_the_class_token():
   ramp = np.arange(8.0)
   position = np.concatenate([[99.0], np.repeat(ramp, 8)])[:, None]
   found = np.asarray(retrain.resize_positions(position, 8, 16))[:, 0]
@@ -99,7 +101,7 @@ def test_positions_are_interpolated_and_the_class_token_kept():
   np.testing.assert_allclose(rows[:, 3], rows[:, 12], atol=1e-5)
 
 
-def test_distances_that_never_occurred_take_the_farthest_that_did():
+def test_carried_distances_repeat_the_largest_of_the_old_grid():
   # Distances -4..4 stand at entries 1..9; a grid of 3 taught -2..2.
   found = retrain.carried_distances(grid=3, max_distance=4)
   assert found.tolist() == [0, 3, 3, 3, 4, 5, 6, 7, 7, 7]
@@ -107,7 +109,7 @@ def test_distances_that_never_occurred_take_the_farthest_that_did():
   assert wide.tolist() == list(range(10))
 
 
-def test_a_larger_grid_runs_with_the_same_parameters(network):
+def test_transfer_to_a_larger_grid_changes_positions_alone(network):
   found = retrain.transfer(network, new_network(seed=1, image_size=12))
   names = layers.named_params(network)
   changed = {
@@ -120,18 +122,50 @@ def test_a_larger_grid_runs_with_the_same_parameters(network):
   assert jax.eval_shape(logits, found, images).shape == (1, 10)
 
 
-def test_training_computes_what_the_network_does(network):
-  images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+def test_retraining_has_keys_and_batches_of_its_own(
+  tfds_dir, network, tmp_path, monkeypatch
+):
+  """With those of the supernet's training it would see the same images."""
+  vit.save(network, ARCHITECTURE, tmp_path / 'subnet')
+  settings, started = parse(tfds_dir), []
 
-  @functools.partial(jax.jit, static_argnums=1)
-  def trained(network, drop_path):
-    return retrain.logits_in_training(
-      network, images, drop_path, jax.random.key(1)
-    )
+  def no_loop(settings, state, update, look, checkpoints, streams, *_, **__):
+    started.append((int(state.seed), next(streams['train'])))
+    raise loop.Preempted
 
-  wanted = logits(network, images)
-  np.testing.assert_allclose(trained(network, 0.0), wanted, atol=1e-5)
-  assert not np.allclose(trained(network, 0.9), wanted, atol=1e-3)
+  monkeypatch.setattr(loop, 'loop', no_loop)
+  monkeypatch.setattr(loop, 'compile_step', lambda *_: None)
+  with pytest.raises(loop.Preempted):
+    stages.run(settings, tmp_path, 'retrain')
+  ((seed, batch),) = started
+  assert seed != settings.seed
+  others = train.open_streams(experiment_lib.create(settings))
+  assert not np.array_equal(batch['image'], next(others['train'])['image'])
+
+
+def test_retraining_skips_a_loss_that_is_not_finite(tfds_dir, network):
+  """Its gradients can be finite: one logit is -inf, its probability 0."""
+  experiment = experiment_lib.create(parse(tfds_dir))
+  arrays = {
+    name: param.get_value()
+    for name, param in layers.named_params(network).items()
+  }
+  bias = arrays['head.bias'].at[0].set(-np.inf)
+  broken = layers.replace_params(network, arrays | {'head.bias': bias})
+  state = retrain.State(
+    step=np.int32(0),
+    seed=np.uint32(0),
+    network=broken,
+    optimizer=retrain._optimizer(experiment).init(broken),
+    average=None,
+  )
+  batch = next(train.open_streams(experiment)['train'])
+  step = jax.jit(functools.partial(retrain.retrain_step, experiment))
+  after, metrics = step(state, batch)
+  assert not np.isfinite(metrics['train/loss'])
+  assert np.isfinite(metrics['train/grad_norm'])
+  assert metrics['train/skipped_in_a_row'] == 1
+  assert_equal(after.network, broken)
 
 
 def accuracy(network, experiment) -> float:
@@ -186,7 +220,7 @@ def test_retraining_resumes_bit_for_bit(
     stages.run(settings, killed, 'retrain')
 
 
-def test_a_network_of_other_images_and_classes(tfds_dir, tmp_path):
+def test_retraining_adapts_to_other_images_and_classes(tfds_dir, tmp_path):
   other = new_network(image_size=12, num_classes=3)
   vit.save(other, ARCHITECTURE, tmp_path / 'other')
   settings = parse(tfds_dir, network=str(tmp_path / 'other'))
@@ -212,7 +246,7 @@ def test_a_network_of_other_images_and_classes(tfds_dir, tmp_path):
     ),
   ],
 )
-def test_images_that_a_network_cannot_read(
+def test_retraining_refuses_images_that_the_network_cannot_read(
   changes, message, tfds_dir, tmp_path
 ):
   vit.save(new_network(**changes), ARCHITECTURE, tmp_path / 'subnet')
@@ -222,6 +256,6 @@ def test_images_that_a_network_cannot_read(
   assert not (tmp_path / 'retrain').exists()
 
 
-def test_no_network_is_said(tfds_dir, tmp_path):
+def test_retraining_without_a_network_names_the_mode_to_run(tfds_dir, tmp_path):
   with pytest.raises(errors.UserError, match='--mode=extract'):
     stages.run(parse(tfds_dir), tmp_path, 'retrain')

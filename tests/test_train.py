@@ -202,6 +202,30 @@ def test_many_architectures_are_one_compilation(experiment, evaluator):
     assert table.of(proposal.arch) <= budget
 
 
+def test_scoring_sends_a_batch_before_it_fetches_the_last(
+  experiment, monkeypatch
+):
+  """The devices would idle while the host reads the next batch."""
+  evaluator, events = evaluate.Evaluator(experiment), []
+
+  def score(batch):
+    events.append('send')
+    weights = batch['weight']
+    return [steps.Scores(*[np.float32([weights.sum()])] * 3)]
+
+  device_get = jax.device_get
+
+  def fetch(sums):
+    events.append('fetch')
+    return device_get(sums)
+
+  monkeypatch.setattr(jax, 'device_get', fetch)
+  source = experiment.dataset.split('heldout')
+  assert evaluator._means('scoring', score, source) == [(1, 1)]
+  assert events.count('send') == events.count('fetch') > 1
+  assert events[:2] == ['send', 'send']
+
+
 def test_non_finite_updates_are_skipped_and_stop_the_run(
   tfds_dir, tmp_path, monkeypatch
 ):

@@ -17,20 +17,17 @@ import platform
 import time
 from typing import Any
 
-from absl import logging
 from flax import nnx
 import jax
 from jaxtyping import Float
 import numpy as np
 import scipy.optimize
 
+from focusformer_jax import progress
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import experiment as experiment_lib
-
-# Seconds between two lines that say how far it is.
-PROGRESS_SECONDS = 10
 
 
 def design(
@@ -151,11 +148,11 @@ def compile_networks(
     )
     return lambda: compiled(weights, images).block_until_ready()
 
-  progress = _Progress()
   programs = []
-  for arch in archs:
-    programs.append(program(arch))
-    progress('compiled %d of %d networks', len(programs), len(archs))
+  with progress.Progress('compiling', len(archs), 'networks') as show:
+    for arch in archs:
+      programs.append(program(arch))
+      show(len(programs))
   return programs
 
 
@@ -168,15 +165,16 @@ def measure(
   timed goes before each. A machine's speed changes from round to round, for all
   of them alike, so times are compared within rounds (`typical`).
   """
-  rng, progress = np.random.default_rng(0), _Progress()
+  rng = np.random.default_rng(0)
   seconds_IT = np.empty((repeats, len(programs)))
-  for i in range(repeats):
-    for t in rng.permutation(len(programs)):
-      programs[t]()
-      start = time.perf_counter()
-      programs[t]()
-      seconds_IT[i, t] = time.perf_counter() - start
-    progress('timed %d of %d rounds', i + 1, repeats)
+  with progress.Progress('timing', repeats, 'rounds') as show:
+    for i in range(repeats):
+      for t in rng.permutation(len(programs)):
+        programs[t]()
+        start = time.perf_counter()
+        programs[t]()
+        seconds_IT[i, t] = time.perf_counter() - start
+      show(i + 1)
   return 1e6 * typical(seconds_IT)
 
 
@@ -189,18 +187,6 @@ def typical(
   """
   slowness_I = np.median(seconds_IT / np.median(seconds_IT, axis=0), axis=1)
   return np.median(seconds_IT / slowness_I[:, None], axis=0)
-
-
-class _Progress:
-  """Logs at most a line in PROGRESS_SECONDS."""
-
-  def __init__(self):
-    self._shown = time.monotonic()
-
-  def __call__(self, *line):
-    if time.monotonic() - self._shown > PROGRESS_SECONDS:
-      self._shown = time.monotonic()
-      logging.info(*line)
 
 
 def device_name() -> str:

@@ -1,15 +1,14 @@
-"""Trains an extracted network further, or again, alone.
+"""Fine-tunes an extracted network, or trains it from scratch.
 
-On its own data set it goes on from the weights it inherited, or from new ones.
-On another one everything is kept that has a meaning there: the head starts
-anew where classes differ, positions are interpolated where the grid does, and
-distances of patches keep their vectors.
+On its own data set it continues from the weights it inherited, or starts from
+new ones. On another data set it keeps every weight that has a meaning there:
+the head is new where the classes differ, position embeddings are interpolated
+where the grid differs, and relative positions keep their vectors.
 
-Letters: `B` batch, `C` classes, `L` layers, `G` patches along one side, `D`
-width, `T` entries of a distance table.
+Letters: `B` batch, `C` classes, `G` patches along one side, `D` width, `T`
+entries of a distance table.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
 import hashlib
@@ -31,8 +30,6 @@ from focusformer_jax import errors
 from focusformer_jax import sharding
 from focusformer_jax import text_table
 from focusformer_jax.data import augment
-from focusformer_jax.data import batches as batches_lib
-from focusformer_jax.data import datasets
 from focusformer_jax.models import layers
 from focusformer_jax.models import vit
 from focusformer_jax.search import fingerprint
@@ -55,11 +52,11 @@ class State:
   """Everything a step reads and writes.
 
   Args:
-    step: updates done, int32.
-    seed: of the run, uint32; see `state.TrainState`.
-    network: its weights.
-    optimizer: state of the optimizer.
-    average: moving average of the weights, if there is one.
+    step: Number of finished updates, int32.
+    seed: Seed of the retraining, uint32; see `state.TrainState`.
+    network: Weights of the network.
+    optimizer: State of the optimizer.
+    average: Moving average of the weights, if there is one.
   """
 
   step: jax.Array
@@ -77,22 +74,28 @@ class State:
 def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
   """Trains `config.retrain.network`, or `subnet/` of `workdir`, to the end.
 
-  Goes on from the newest checkpoint in `retrain/checkpoints/` if there is one.
-  Writes `retrain/network/`, as `vit.save` does, and `retrain/results.json`.
+  It continues from the newest checkpoint in `retrain/checkpoints/` if there is
+  one. It writes `retrain/network/`, as `vit.save` does, and
+  `retrain/results.json`.
+
+  Args:
+    settings: Settings of the run.
+    workdir: Where everything goes.
 
   Raises:
-    UserError: no network, one that does not fit the images, a checkpoint of
-      another run, or too many updates in a row that were not finite.
-    Preempted: SIGTERM came; a checkpoint is written.
+    UserError: There is no network, it does not fit the images, the checkpoint
+      is of another run, or too many updates in a row were not finite.
+    loop.Preempted: SIGTERM came; a checkpoint is written.
   """
   directory = epath.Path(settings.retrain.network or workdir / 'subnet')
   network, description = vit.load(directory)
   if not settings.retrain.network:
     _refuse_stale_network(workdir, directory, description)
   experiment = experiment_lib.create(settings)
+  evaluator = evaluate.Evaluator(experiment)
   start = prepare(experiment, network, description)
   facts = _facts(experiment, directory)
-  score, folder = _scorer(experiment), workdir / 'retrain'
+  folder = workdir / 'retrain'
   checkpoint.claim(workdir)
   with checkpoint.Checkpoints(
     folder / train.CHECKPOINTS,
@@ -100,10 +103,13 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
     settings.train.keep_checkpoints,
     tidy=True,
   ) as checkpoints:
-    state = _train(experiment, start, score, checkpoints, folder / 'metrics')
+    state = _train(experiment, evaluator, start, checkpoints, folder)
 
+  logging.info('scoring the network before and after')
   scores = {
-    f'{split}_accuracy_{when}': score(net, experiment.dataset.split(split))
+    f'{split}_accuracy_{when}': evaluator.score_network(
+      net, experiment.dataset.split(split)
+    )
     for split in SPLITS
     for when, net in zip(WHEN, (start, state.scored), strict=True)
   }
@@ -151,15 +157,18 @@ def prepare(
   network: vit.VisionTransformer,
   description: dict[str, Any],
 ) -> vit.VisionTransformer:
-  """The network before training, for the images and classes of the data set.
+  """Fits a network to the images and classes of a data set, before training.
 
   Args:
-    experiment: the job.
-    network: what was extracted.
-    description: of it, from `vit.load`.
+    experiment: The fixed parts of the run, which name the data set.
+    network: The extracted network.
+    description: Its description, from `vit.load`.
+
+  Returns:
+    The network to train, on the mesh.
 
   Raises:
-    UserError: it cannot read the images.
+    UserError: The network cannot read the images.
   """
   settings, dataset = experiment.settings, experiment.dataset
   patch, channels = network.geometry.patch_size, network.geometry.channels
@@ -179,7 +188,7 @@ def prepare(
     num_classes=dataset.num_classes,
   )
   if not settings.retrain.inherit or geometry != network.geometry:
-    # Part 0 of a seed is the supernet's, part 1 the sampler's.
+    # Parts 0 and 1 initialize the supernet and the sampler.
     key = state_lib.stream_key(settings.seed, state_lib.Stream.INIT, 2)
     new = jax.jit(
       lambda key: vit.create(
@@ -200,16 +209,16 @@ def prepare(
 def transfer(
   network: vit.VisionTransformer, new: vit.VisionTransformer
 ) -> vit.VisionTransformer:
-  """`new`, with the weights of `network` that mean something there.
+  """Gives `new` the weights of `network` that have a meaning there.
 
-  Positions are interpolated to the new grid. Tables of distances count in
+  Position embeddings are interpolated to the new grid. Distance tables count in
   patches, so a distance keeps its vector; one that did not occur on the old
-  grid takes that of the farthest that did, as distances beyond
+  grid takes that of the largest that did, as distances beyond
   `max_relative_position` always do. The head stays new where classes differ.
 
   Args:
-    network: what was trained.
-    new: the same architecture, for other images or classes.
+    network: The trained network.
+    new: The same architecture with new weights, for other images or classes.
   """
   old, arrays = layers.named_params(network), {}
   before, after = network.geometry, new.geometry
@@ -230,7 +239,7 @@ def transfer(
 def resize_positions(
   position: Float[Array, '1+G*G D'], grid: int, new_grid: int
 ) -> Float[Array, '1+G*G D']:
-  """Cubic interpolation over the grid; the class token, first, is kept."""
+  """Interpolates over the grid (cubic); the class token, first, is kept."""
   token, patches = position[:1], position[1:]
   width = position.shape[-1]
   patches = jax.image.resize(
@@ -240,9 +249,10 @@ def resize_positions(
 
 
 def carried_distances(grid: int, max_distance: int) -> Int[np.ndarray, 'T']:
-  """For each entry of a distance table, the one that holds what `grid` taught.
+  """For each entry of a distance table, the trained entry to take it from.
 
-  Entry 0 is the class token's, `max_distance` + 1 + i that of distance i.
+  Entry 0 belongs to the class token, entry `max_distance` + 1 + i to distance
+  i. A grid of `grid` patches a side has trained the distances below `grid`.
   """
   reach = min(max_distance, grid - 1)
   distances = np.arange(-max_distance, max_distance + 1)
@@ -250,55 +260,18 @@ def carried_distances(grid: int, max_distance: int) -> Int[np.ndarray, 'T']:
   return np.append(0, entries)
 
 
-def _scorer(
-  experiment,
-) -> Callable[[vit.VisionTransformer, datasets.Source], evaluate.Score]:
-  """Loss and accuracy of a network on a split; every example counts once."""
-  step = jax.jit(functools.partial(eval_step, experiment))
-  size = experiment.settings.data.eval_batch_size
-  process = jax.process_index(), jax.process_count()
-
-  def score(network, source):
-    sums = np.zeros(3)
-    for batch in batches_lib.eval_batches(source, size, *process):
-      batch = sharding.put_batch(experiment.mesh, batch)
-      sums += jax.device_get(step(network, batch))
-    loss, correct, count = sums
-    return evaluate.Score(float(loss / count), float(correct / count))
-
-  return score
-
-
-def eval_step(
+def _train(
   experiment: experiment_lib.Experiment,
-  network: vit.VisionTransformer,
-  batch: dict[str, Array],
-) -> steps.Scores:
-  """Scores a network on one batch; padding has weight 0."""
-  network = sharding.gathered(experiment.mesh, network)
-  logits_BC = network(augment.normalize(experiment.recipe, batch['image']))
-  labels_B, weights_B = batch['label'], batch['weight']
-  loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B)
-  correct_B = jnp.argmax(logits_BC, -1) == labels_B
-  return steps.Scores(
-    (loss_B * weights_B).sum(), (correct_B * weights_B).sum(), weights_B.sum()
-  )
-
-
-def _train(experiment, start, score, checkpoints, metrics) -> State:
+  evaluator: evaluate.Evaluator,
+  start: vit.VisionTransformer,
+  checkpoints: checkpoint.Checkpoints,
+  folder: epath.Path,
+) -> State:
   """Trains to the last step, from the newest checkpoint if there is one."""
-  settings = experiment.settings
-  recipe, batch_size = settings.retrain, settings.data.batch_size
+  settings, recipe = experiment.settings, experiment.settings.retrain
   heldout = experiment.dataset.split('heldout')
-  batches = batches_lib.train_batches(
-    experiment.dataset.split('train'),
-    batch_size,
-    settings.seed,
-    jax.process_index(),
-    jax.process_count(),
-    repeats=settings.data.repeats,
-    workers=settings.data.workers,
-  )
+  seed = state_lib.stream_seed(settings.seed, state_lib.Stream.RETRAIN)
+  streams = {'train': train.train_stream(experiment, int(seed))}
 
   def init(network, seed) -> State:
     # Arrays of their own: the state is donated.
@@ -311,27 +284,23 @@ def _train(experiment, start, score, checkpoints, metrics) -> State:
       average=copy(network) if recipe.optimizer.ema else None,
     )
 
-  seed = np.uint32(settings.seed)
   placed = sharding.shardings(
     experiment.mesh, jax.eval_shape(init, start, seed)
   )
   state = jax.jit(init, out_shardings=placed)(start, seed)
   if checkpoints.latest_step is not None:
-    state = checkpoints.restore(state, {'train': batches})
+    state = checkpoints.restore(state, streams)
     logging.info('resuming retraining at step %d', int(state.step))
-  compiled = loop.compile_step(
-    experiment, retrain_step, state, experiment.abstract_batch(batch_size)
-  )
+  batch = experiment.abstract_batch(settings.data.batch_size)
+  compiled = loop.compile_step(experiment, retrain_step, state, batch)
 
   def update(step, state):
-    return compiled(state, sharding.put_batch(experiment.mesh, next(batches)))
+    batch = sharding.put_batch(experiment.mesh, next(streams['train']))
+    return compiled(state, batch)
 
   def look(state):
-    scored = score(state.scored, heldout)
-    return {
-      'heldout_loss': scored.loss,
-      'heldout_accuracy': scored.accuracy,
-    }
+    score = evaluator.score_network(state.scored, heldout)
+    return {'heldout_loss': score.loss, 'heldout_accuracy': score.accuracy}
 
   return loop.loop(
     dataclasses.replace(
@@ -344,13 +313,20 @@ def _train(experiment, start, score, checkpoints, metrics) -> State:
     update,
     look,
     checkpoints,
-    {'train': batches},
-    metrics,
-    'config.retrain.optimizer',
+    streams,
+    folder / 'metrics',
+    title='retraining',
+    shown={
+      'train/loss': 'loss {:.3f}',
+      'heldout_accuracy': 'held-out {:.1%}',
+    },
+    optimizer='config.retrain.optimizer',
   )
 
 
-def _optimizer(experiment) -> optax.GradientTransformation:
+def _optimizer(
+  experiment: experiment_lib.Experiment,
+) -> optax.GradientTransformation:
   settings = experiment.settings
   return optim.supernet_optimizer(
     settings.retrain.optimizer, settings.retrain.steps, settings.data.batch_size
@@ -363,7 +339,7 @@ def retrain_step(
   batch: dict[str, Array],
 ) -> tuple[State, steps.Metrics]:
   """One update of the network, on augmented images."""
-  settings = experiment.settings
+  settings, recipe = experiment.settings, experiment.settings.retrain.optimizer
 
   def key(stream):
     return state_lib.stream_key(state.seed, stream, state.step)
@@ -377,60 +353,36 @@ def retrain_step(
     experiment.mesh,
   )
 
-  def loss_fn(network):
-    logits_BC = logits_in_training(
-      network,
-      images,
-      settings.supernet.drop_path,
-      key(state_lib.Stream.DROP_PATH),
+  def loss_fn(network: vit.VisionTransformer):
+    logits_BC = network(
+      images, key(state_lib.Stream.DROP_PATH), settings.supernet.drop_path
     )
-    return optax.softmax_cross_entropy(logits_BC, targets_BC).mean()
+    return optax.softmax_cross_entropy(logits_BC, targets_BC).mean(), {}
 
-  loss, grads = jax.value_and_grad(loss_fn)(state.network)
-  updates, optimizer = _optimizer(experiment).update(
-    grads, state.optimizer, state.network
+  trained, scalars = optim.update(
+    _optimizer(experiment),
+    loss_fn,
+    optim.Trained(state.network, state.optimizer, state.average),
+    recipe.ema,
+    state.step // recipe.accumulate,
   )
-  network = optax.apply_updates(state.network, updates)
-  average = state.average
-  if average is not None:
-    average = optim.average(
-      settings.retrain.optimizer.ema, state.step, average, network
-    )
   state = state.replace(
-    step=state.step + 1, network=network, optimizer=optimizer, average=average
+    step=state.step + 1,
+    network=trained.weights,
+    optimizer=trained.optimizer,
+    average=trained.average,
   )
-  return state, {
-    'train/loss': loss,
-    'train/grad_norm': optax.tree.norm(grads),
-    'train/skipped_in_a_row': optimizer.notfinite_count,
-  }
+  return state, steps.named('train', scalars)
 
 
-def logits_in_training(
+def _write(
+  experiment: experiment_lib.Experiment,
   network: vit.VisionTransformer,
-  images_BHWC: Float[Array, 'B height width C'],
-  drop_path: float,
-  key: jax.Array,
-) -> Float[Array, 'B C']:
-  """Logits with drop path; layers are computed again for their gradients."""
-  x_BND = network.stem(images_BHWC.astype(network.dtype))
-  keep = layers.keep_branches(
-    key, drop_path, len(network.blocks), len(x_BND), network.dtype
-  )
-
-  @jax.checkpoint
-  def run(block, x, keep):
-    for i, (norm, part) in enumerate(block.branches()):
-      y = part(norm(x))
-      x = x + (y if keep is None else keep[i] * y)
-    return x
-
-  for i, block in enumerate(network.blocks):
-    x_BND = run(block, x_BND, None if keep is None else keep[i])
-  return network.head(x_BND)
-
-
-def _write(experiment, network, description, accuracies, folder):
+  description: dict[str, Any],
+  accuracies: dict[str, float],
+  folder: epath.Path,
+) -> None:
+  """Saves the network and the results, and prints them."""
   gather = functools.partial(sharding.gathered, experiment.mesh)
   vit.save(
     jax.jit(gather)(network),

@@ -10,9 +10,10 @@ dim, `G` patches along one side, `C` classes, `T` entries of a distance table,
 `L` layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import contextlib
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flax import nnx
 import jax
@@ -25,17 +26,38 @@ Module = TypeVar('Module', bound=nnx.Module)
 LAYER_NORM_EPS = 1e-5
 
 
-def is_param(node) -> bool:
+def is_param(node: Any) -> bool:
   return isinstance(node, nnx.Variable)
 
 
-def named_params(module: nnx.Module) -> dict[str, nnx.Variable]:
-  """Parameters by the names that files have, such as `blocks.0.mlp.up`."""
-  params, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=is_param)
+def named_leaves(
+  tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
+  """Leaves by the names that files have, such as `supernet.blocks.mlp.up`."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
   return {
-    jax.tree_util.keystr(path, simple=True, separator='.'): param
-    for path, param in params
+    jax.tree_util.keystr(path, simple=True, separator='.').removesuffix(
+      '.value'
+    ): leaf
+    for path, leaf in leaves
   }
+
+
+def named_params(module: nnx.Module) -> dict[str, nnx.Variable]:
+  """Parameters by name, such as `blocks.0.mlp.up`."""
+  return named_leaves(module, is_param)
+
+
+def matmul_precision(
+  dtype: jax.typing.DTypeLike,
+) -> contextlib.AbstractContextManager[None]:
+  """Traces matrix products of float32 as such.
+
+  By default, accelerators compute them in TF32 or bfloat16.
+  """
+  if jnp.dtype(dtype) == jnp.float32:
+    return jax.default_matmul_precision('float32')
+  return contextlib.nullcontext()
 
 
 def replace_params(module: Module, arrays: Mapping[str, Array]) -> Module:
@@ -317,9 +339,15 @@ class Block(nnx.Module):
     """What the residual stream adds, in order: a norm and a part of each."""
     return (self.attention_norm, self.attention), (self.mlp_norm, self.mlp)
 
-  def __call__(self, x_BND: Float[Array, 'B N D']) -> Float[Array, 'B N D']:
-    for norm, part in self.branches():
-      x_BND = x_BND + part(norm(x_BND))
+  def __call__(
+    self,
+    x_BND: Float[Array, 'B N D'],
+    keep: Float[Array, '2 B 1 1'] | None = None,
+  ) -> Float[Array, 'B N D']:
+    """Adds both branches, times `keep` from `keep_branches` if given."""
+    for i, (norm, part) in enumerate(self.branches()):
+      y_BND = part(norm(x_BND))
+      x_BND = x_BND + (y_BND if keep is None else keep[i] * y_BND)
     return x_BND
 
 

@@ -187,16 +187,16 @@ class Supernet(nnx.Module):
     return logits.reshape(B, -1)
 
   def _run(self, images_BHWC, arch, keep):
-    x_BND = self.stem(images_BHWC.astype(self.dtype))
-    depth = jnp.asarray(self.space.depth)[arch.depth]
     scanned = (
       self.blocks,
-      jnp.arange(self.space.num_layers) < depth,
+      self.space.live_layers(arch.depth),
       (arch.num_heads, arch.mlp_ratio),
       keep,
     )
     run = {'masked': self._masked, 'switched': self._switched}[self.execution]
-    return run(x_BND, arch.embed_dim, scanned)
+    with layers.matmul_precision(self.dtype):
+      x_BND = self.stem(images_BHWC.astype(self.dtype))
+      return run(x_BND, arch.embed_dim, scanned)
 
   def _keep_branches(self, key, batch) -> Float[Array, 'L 2 B 1 1'] | None:
     return layers.keep_branches(
@@ -232,7 +232,8 @@ class Supernet(nnx.Module):
 
       def run(branch, x):
         norm, part = layers.take(branch, sizes)
-        y = part(norm(x[..., : sizes['embed']]))
+        with layers.matmul_precision(self.dtype):  # Backward too: `_switch`.
+          y = part(norm(x[..., : sizes['embed']]))
         return jnp.pad(y, ((0, 0), (0, 0), (0, D - y.shape[-1])))
 
       return run

@@ -1,6 +1,6 @@
-"""A subnet on its own: a plain vision transformer cut out of the supernet.
+"""The standalone network: a plain vision transformer cut out of the supernet.
 
-Letters: `B` batch, `C` classes.
+Letters: `B` batch, `N` tokens, `D` width, `C` classes.
 """
 
 import dataclasses
@@ -26,7 +26,15 @@ DESCRIPTION = 'architecture.json'
 
 
 class VisionTransformer(nnx.Module):
-  """A dense network that knows nothing of search: stem, blocks, head."""
+  """A dense network without any choices: stem, blocks, head.
+
+  Args:
+    stem: Turns images into tokens.
+    blocks: The transformer layers, in order.
+    head: Turns tokens into logits.
+    geometry: Images and classes.
+    dtype: Type of the computation; parameters are float32.
+  """
 
   def __init__(
     self,
@@ -43,19 +51,42 @@ class VisionTransformer(nnx.Module):
     self.dtype = jnp.dtype(dtype)
 
   def __call__(
-    self, images_BHWC: Float[Array, 'B height width C']
+    self,
+    images_BHWC: Float[Array, 'B height width channels'],
+    key: jax.Array | None = None,
+    drop_path: float = 0.0,
   ) -> Float[Array, 'B C']:
-    """Logits of normalized images."""
-    x_BND = self.stem(images_BHWC.astype(self.dtype))
-    for block in self.blocks:
-      x_BND = block(x_BND)
-    return self.head(x_BND)
+    """Logits of normalized images.
+
+    Args:
+      images_BHWC: Normalized images.
+      key: PRNG key for drop path, as in training, where gradients recompute
+        each layer to save memory; None switches both off.
+      drop_path: Probability of dropping a branch of the last layer for an
+        example; it grows linearly from 0 at the first layer.
+    """
+    run, keep = layers.Block.__call__, None
+    if key is not None:
+      run = jax.checkpoint(run)
+      keep = layers.keep_branches(
+        key, drop_path, len(self.blocks), len(images_BHWC), self.dtype
+      )
+    with layers.matmul_precision(self.dtype):
+      x_BND = self.stem(images_BHWC.astype(self.dtype))
+      for i, block in enumerate(self.blocks):
+        x_BND = run(block, x_BND, None if keep is None else keep[i])
+      return self.head(x_BND)
 
 
 def extract(
   supernet: supernet_lib.Supernet, arch: search_space.Architecture
 ) -> VisionTransformer:
-  """Slices a concrete architecture, with its weights, out of the supernet."""
+  """Slices a concrete architecture, with its weights, out of the supernet.
+
+  Args:
+    supernet: The weights of all subnets.
+    arch: One architecture of its space; not traced.
+  """
   width, per_layer = supernet_lib.sizes(supernet.space, arch)
   blocks = [
     layers.take(jax.tree.map(lambda leaf: leaf[i], supernet.blocks), size)  # noqa: B023 (used at once)
@@ -80,16 +111,16 @@ def create(
   init_std: float = 0.02,
   rngs: nnx.Rngs,
 ) -> VisionTransformer:
-  """A new network.
+  """A network with new weights.
 
   Args:
-    architecture: as `SearchSpace.to_json` writes it, of any space.
-    geometry: images and classes.
-    head_dim: channels of an attention head.
+    architecture: Choices as `SearchSpace.to_json` writes them, of any space.
+    geometry: Images and classes.
+    head_dim: Channels of an attention head.
     pool: 'mean' over patches, or 'cls'.
-    dtype: of the computation; parameters are float32.
-    init_std: as the supernet's.
-    rngs: seeds of the initial parameters.
+    dtype: Type of the computation; parameters are float32.
+    init_std: Standard deviation of the initial weights, as in the supernet.
+    rngs: Random streams for the initial parameters.
   """
   width = architecture['embed_dim']
   choices = zip(
@@ -124,7 +155,7 @@ def create(
 
 
 def count_params(module: nnx.Module) -> int:
-  """Numbers held by all parameters of `module`."""
+  """The number of scalars in all parameters of `module`."""
   return sum(leaf.size for leaf in jax.tree.leaves(module))
 
 
@@ -136,9 +167,9 @@ def save(
   """Writes `model.safetensors` and `architecture.json`, all that `load` needs.
 
   Args:
-    network: float32 parameters.
-    architecture: its choices, as `SearchSpace.to_json` writes them.
-    directory: made where it is not there.
+    network: The network, with float32 parameters.
+    architecture: Its choices, as `SearchSpace.to_json` writes them.
+    directory: Where to write; it is created if it does not exist.
   """
   if jax.process_index() != 0:
     return
@@ -159,8 +190,11 @@ def save(
 def load(directory: epath.Path) -> tuple[VisionTransformer, dict[str, Any]]:
   """The network that `save` wrote, and its description.
 
+  Args:
+    directory: Where `save` wrote it.
+
   Raises:
-    UserError: a file is missing or unreadable, or the two do not fit.
+    UserError: A file is missing or unreadable, or the two do not match.
   """
   try:
     description = json.loads((directory / DESCRIPTION).read_text())
@@ -170,7 +204,7 @@ def load(directory: epath.Path) -> tuple[VisionTransformer, dict[str, Any]]:
     network = jax.eval_shape(
       lambda: create(description, geometry, **options, rngs=nnx.Rngs(0))
     )
-  except Exception as error:  # JSON, safetensors and our own: one of many.
+  except Exception as error:  # JSON, safetensors and JAX raise many kinds.
     raise errors.UserError(
       f'{directory}: wanted {DESCRIPTION} and {WEIGHTS} of a network, found '
       f'{errors.first_line(error)}; write them with --mode=extract'

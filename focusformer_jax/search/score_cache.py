@@ -13,6 +13,7 @@ import numpy as np
 
 from focusformer_jax import atomic_files
 from focusformer_jax import errors
+from focusformer_jax import progress
 from focusformer_jax.sampler import conditional
 from focusformer_jax.search import fingerprint
 from focusformer_jax.spaces import search_space
@@ -221,11 +222,12 @@ class Scorer:
   def _log_progress(self, missing: int) -> None:
     """Logs an upper bound on the time left, at most once in a while."""
     left = self._planned - self._evaluations + missing
-    if left > 0 and time.monotonic() - self._shown > evaluate.PROGRESS_SECONDS:
+    waited = time.monotonic() - self._shown
+    if left > 0 and waited > progress.SECONDS_BETWEEN_LINES:
       self._shown = time.monotonic()
       logging.info(
         'search: %d of at most %d subnets, at most %s left',
         self._planned - left,
         self._planned,
-        evaluate.duration(left * self._seconds / self._scored),
+        progress.duration(left * self._seconds / self._scored),
       )

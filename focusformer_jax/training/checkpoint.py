@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 from focusformer_jax import errors
 from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.models import layers
 
 Tree = TypeVar('Tree')
 
@@ -74,17 +75,6 @@ def wait_for_all(name: str) -> None:
     asyncio.run(barrier)
 
 
-def _named(tree) -> dict[str, Any]:
-  """Leaves by readable name, such as `supernet.blocks.mlp.up`."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='.').removesuffix(
-      '.value'
-    ): leaf
-    for path, leaf in leaves
-  }
-
-
 def _abstract(leaf) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
@@ -113,7 +103,7 @@ def _checksums(arrays: list[jax.Array]) -> UInt32[Array, 'A']:
 
 def checksums(state: Tree) -> dict[str, int]:
   """The checksum of each array of a state, by its name in a checkpoint."""
-  named = _named(state)
+  named = layers.named_leaves(state)
   return dict(
     zip(named, _checksums(list(named.values())).tolist(), strict=True)
   )
@@ -175,7 +165,7 @@ class Checkpoints:
     """
     if step == self.latest_step:
       return
-    named = _named(state)
+    named = layers.named_leaves(state)
     notes = {
       'facts': self._facts,
       'positions': {name: stream.position for name, stream in streams.items()},
@@ -239,7 +229,7 @@ class Checkpoints:
         f'--workdir: wanted a checkpoint in {self.directory}, found none; run '
         '--mode=train first'
       )
-    wanted = _named(state)
+    wanted = layers.named_leaves(state)
     saved, notes = self._metadata(step)
     self._compare(step, notes['facts'])
     for name, leaf in wanted.items():

@@ -1,7 +1,7 @@
 """Curricula: rules by which a training step picks its subnets.
 
-A curriculum is a function `draw(key, step, policy, score) -> S architectures`,
-traced into the training step. `CURRICULA` has a factory for each.
+A curriculum is a function `draw(key, step, policy, score) -> Drawn`, traced
+into the training step. `CURRICULA` has a factory for each.
 
 Letters: `A` architectures, `S` subnets of a training step, `D` depth choices,
 `E` embed choices, `H` head choices, `R` ratio choices, `L` layers, `K`
@@ -9,7 +9,7 @@ candidates.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,22 @@ from focusformer_jax.sampler import cost_bins
 from focusformer_jax.sampler import policy as policy_lib
 from focusformer_jax.spaces import search_space
 
+
+class Drawn(NamedTuple):
+  """The subnets of a training step.
+
+  Args:
+    archs: S architectures.
+    scored: The architectures whose held-out losses the draw looked at, if any.
+  """
+
+  archs: search_space.Architecture
+  scored: search_space.Architecture | None = None
+
+
 # Held-out losses of A architectures.
 Score = Callable[[search_space.Architecture], Float[Array, 'A']]
-Draw = Callable[
-  [jax.Array, Int[Array, ''], policy_lib.Policy, Score],
-  search_space.Architecture,
-]
+Draw = Callable[[jax.Array, Int[Array, ''], policy_lib.Policy, Score], Drawn]
 Factory = Callable[
   [config_lib.Settings, search_space.SearchSpace, cost_bins.CostBins], Draw
 ]
@@ -78,7 +88,7 @@ def uniform(
 
   def draw(key, step, policy, score):
     del step, policy, score
-    return jax.vmap(space.uniform)(jax.random.split(key, count))
+    return Drawn(jax.vmap(space.uniform)(jax.random.split(key, count)))
 
   return draw
 
@@ -97,7 +107,7 @@ def uniform_cost(
 
   def draw(key, step, policy, score):
     del step, policy, score
-    return within_budgets(key)
+    return Drawn(within_budgets(key))
 
   return draw
 
@@ -126,7 +136,7 @@ def attentive(
     drawn = within_budgets(key)
     loss_SK = score(drawn).reshape(count, candidates)
     kept_S = jnp.arange(count) * candidates + pick(loss_SK, 1)
-    return jax.tree.map(lambda leaf: leaf[kept_S], drawn)
+    return Drawn(jax.tree.map(lambda leaf: leaf[kept_S], drawn), drawn)
 
   return draw
 
@@ -147,11 +157,13 @@ def sandwich(
   draw_uniformly = uniform(settings, space, bins)
 
   def draw(key, step, policy, score):
-    drawn = draw_uniformly(key, step, policy, score)
-    return jax.tree.map(
-      lambda fixed, leaf: jnp.concatenate([fixed, leaf[len(ends) :]]),
-      search_space.stack(ends),
-      drawn,
+    drawn = draw_uniformly(key, step, policy, score).archs
+    return Drawn(
+      jax.tree.map(
+        lambda fixed, leaf: jnp.concatenate([fixed, leaf[len(ends) :]]),
+        search_space.stack(ends),
+        drawn,
+      )
     )
 
   return draw
@@ -200,9 +212,9 @@ def focus(
 
   def draw(key, step, policy, score):
     del score
-    return jax.vmap(draw_one, (0, 0, None, None))(
-      jax.random.split(key, count), jnp.arange(count), step, policy
-    )
+    keys = jax.random.split(key, count)
+    draw_all = jax.vmap(draw_one, (0, 0, None, None))
+    return Drawn(draw_all(keys, jnp.arange(count), step, policy))
 
   return draw
 
@@ -268,8 +280,7 @@ def count_choices(
   def one_hot(indices, choices):
     return jax.nn.one_hot(indices, len(choices))
 
-  depth = jnp.asarray(space.depth)[archs.depth]
-  live = jnp.arange(space.num_layers) < depth[:, None]
+  live = space.live_layers(archs.depth)
   return conditional.LogWeights(
     one_hot(archs.depth, space.depth).sum(0),
     one_hot(archs.embed_dim, space.embed_dim).sum(0),

@@ -1,22 +1,23 @@
-"""Scores many architectures with inherited weights, in one compiled program.
+"""Scores subnets and networks on a split, and asks the sampler.
 
 Letters: `A` architectures.
 """
 
-from collections.abc import Iterator, Sequence
-import datetime
+import collections
+from collections.abc import Callable, Iterator, Sequence
 import functools
 import time
 from typing import NamedTuple
 
-from absl import logging
 import jax
 import numpy as np
 
+from focusformer_jax import progress
 from focusformer_jax import sharding
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
 from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.models import vit
 from focusformer_jax.sampler import conditional
 from focusformer_jax.sampler import policy as policy_lib
 from focusformer_jax.spaces import search_space
@@ -24,11 +25,11 @@ from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import steps
 
-# Between two lines that say how far it is.
-PROGRESS_SECONDS = 10
-
 # Architectures that one call of the compiled program draws.
 DRAWS_PER_CALL = 64
+
+# Batches whose sums the devices may still compute while the host sends more.
+BATCHES_AHEAD = 2
 
 
 class Score(NamedTuple):
@@ -38,22 +39,24 @@ class Score(NamedTuple):
   accuracy: float
 
 
-def duration(seconds: float) -> str:
-  """Such as 0:02:10, for logs."""
-  return str(datetime.timedelta(seconds=round(seconds)))
-
-
 class Evaluator:
-  """Looks at a trained state with three compiled programs.
+  """Looks at trained weights with a few compiled programs.
 
-  One scores any number of subnets on any split, one asks the sampler, one
-  draws within a budget; whoever shares an evaluator shares the compilations.
+  Each program is compiled when it is first needed: one scores any number of
+  subnets on any split, one scores a standalone network, one asks the sampler,
+  and one draws within a budget. Code that shares an evaluator shares them.
+
+  Args:
+    experiment: The fixed parts of the run.
   """
 
   def __init__(self, experiment: experiment_lib.Experiment):
     self._experiment = experiment
     self._chunk = experiment.settings.search.subnets_per_call
     self._step = jax.jit(functools.partial(steps.eval_step, experiment))
+    self._network_step = jax.jit(
+      functools.partial(steps.network_eval_step, experiment)
+    )
     self._propose = jax.jit(functools.partial(steps.propose_step, experiment))
     self._draw = jax.jit(
       functools.partial(steps.draw_step, experiment, DRAWS_PER_CALL)
@@ -62,7 +65,15 @@ class Evaluator:
   def compile(
     self, state: state_lib.TrainState, source: datasets.Source
   ) -> float:
-    """Runs each program once, so that what follows can be timed; seconds."""
+    """Runs each program once, so that later calls can be timed.
+
+    Args:
+      state: Any state of the experiment.
+      source: Any split of its data set.
+
+    Returns:
+      Seconds that this took.
+    """
     start, space = time.monotonic(), self._experiment.space
     budget = self._experiment.cost_bins.table.maximum
     self.propose(state.policy, [budget])
@@ -82,11 +93,11 @@ class Evaluator:
   def propose(
     self, policy: policy_lib.Policy, budgets: Sequence[int]
   ) -> list[steps.Proposal]:
-    """The sampler's answer for each budget, on the host.
+    """The sampler's answer to each budget, on the host.
 
     Args:
-      policy: the sampler.
-      budgets: whole costs, not below the smallest subnet's.
+      policy: The sampler.
+      budgets: Whole costs, not below the smallest subnet's.
     """
     bound = self._experiment.cost_bins.bound
     return jax.device_get([self._propose(policy, bound(b)) for b in budgets])
@@ -101,10 +112,10 @@ class Evaluator:
     """Independent draws within a budget, on the host.
 
     Args:
-      rng: gives the keys.
-      budget: a cost, not below the smallest subnet's.
-      count: of draws.
-      weights: a policy's output; None draws evenly over architectures.
+      rng: Random generator for the PRNG keys.
+      budget: A cost, not below the smallest subnet's.
+      count: Number of draws.
+      weights: Output of a policy; None draws uniformly over architectures.
     """
     if weights is None:
       weights = conditional.architecture_weights(self._experiment.space)
@@ -118,13 +129,18 @@ class Evaluator:
   def score(
     self,
     supernet: supernet_lib.Supernet,
-    archs: list[search_space.Architecture],
+    archs: Sequence[search_space.Architecture],
     source: datasets.Source,
   ) -> list[Score]:
     """Loss and accuracy of each architecture; every example counts once.
 
     Each batch is read, decoded and sent to the devices once, however many
     architectures there are.
+
+    Args:
+      supernet: The weights to inherit.
+      archs: The architectures, not traced.
+      source: The split.
     """
     chunk = self._chunk
     padded = list(archs) + [archs[-1]] * (-len(archs) % chunk)
@@ -132,26 +148,58 @@ class Evaluator:
       search_space.stack(padded[start : start + chunk])
       for start in range(0, len(padded), chunk)
     ]
+    scores = self._means(
+      f'scoring {len(archs)} subnets',
+      lambda batch: [self._step(supernet, chunk, batch) for chunk in chunks],
+      source,
+    )
+    return scores[: len(archs)]
+
+  def score_network(
+    self, network: vit.VisionTransformer, source: datasets.Source
+  ) -> Score:
+    """Loss and accuracy of a standalone network.
+
+    Args:
+      network: Its weights, on the mesh.
+      source: The split.
+    """
+    step = functools.partial(self._network_step, network)
+    return self._means('scoring', lambda batch: [step(batch)], source)[0]
+
+  def _means(
+    self,
+    title: str,
+    score: Callable[[dict[str, jax.Array]], list[steps.Scores]],
+    source: datasets.Source,
+  ) -> list[Score]:
+    """Means over a split of sums over its batches.
+
+    The devices start on a batch before the sums of the one before are fetched.
+    """
     size = self._experiment.settings.data.eval_batch_size
-    totals, count = np.zeros((2, len(padded))), 0.0
-    start = shown = time.monotonic()
-    for i, batch in enumerate(self._batches(source)):
-      sums = jax.device_get([self._step(supernet, c, batch) for c in chunks])
-      totals[0] += np.concatenate([s.loss for s in sums])
-      totals[1] += np.concatenate([s.correct for s in sums])
-      count += float(sums[0].count)
-      if time.monotonic() - shown > PROGRESS_SECONDS:
-        shown = time.monotonic()
-        done = min((i + 1) * size, len(source))
-        logging.info(
-          'scoring %d subnets: %d of %d images, %s left',
-          len(archs),
-          done,
-          len(source),
-          duration((shown - start) * (len(source) / done - 1)),
-        )
-    losses, accuracies = totals[:, : len(archs)] / count
+    running, totals, done = collections.deque(), 0.0, 0
+
+    with progress.Progress(title, len(source), 'images') as show:
+
+      def fetch():
+        nonlocal totals, done
+        sums = jax.device_get(running.popleft())
+        sums = [np.reshape(s, (3, -1)) for s in sums]
+        totals += np.concatenate(sums, axis=1, dtype=np.float64)
+        done += 1
+        show(min(done * size, len(source)))
+
+      for batch in self._batches(source):
+        running.append(score(batch))
+        if len(running) > BATCHES_AHEAD:
+          fetch()
+      while running:
+        fetch()
+    loss_A, correct_A, count_A = totals
     return [
       Score(float(loss), float(accuracy))
-      for loss, accuracy in zip(losses, accuracies, strict=True)
+      for loss, accuracy in zip(
+        loss_A / count_A, correct_A / count_A, strict=True
+      )
     ]

@@ -1,16 +1,14 @@
 """The loop that every training runs: updates, metrics, checkpoints, signals."""
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 import signal
 import time
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from absl import logging
-from clu import metric_writers
-from clu import periodic_actions
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
@@ -18,24 +16,25 @@ import numpy as np
 
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
+from focusformer_jax import progress
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.training import checkpoint
+from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import metrics as metrics_lib
 from focusformer_jax.training import steps
 
 State = TypeVar('State')
 
-
 # Steps that the host may be ahead of the devices: enough to keep them busy,
-# few enough that progress says what is done and not what is asked for.
+# few enough that progress shows finished steps, not requested ones.
 STEPS_AHEAD = 2
 
-
-# A loss this many times the mean of the last line of metrics is logged.
+# A warning names a loss that is this many times the mean of the last line.
 SPIKE = 4.0
 
 
 class Preempted(Exception):
-  """SIGTERM came; everything is saved."""
+  """Training was stopped by SIGTERM, and everything is saved."""
 
 
 def loop(
@@ -45,57 +44,61 @@ def loop(
   look: Callable[[State], dict[str, float]],
   checkpoints: checkpoint.Checkpoints,
   streams: Mapping[str, batches_lib.Batches],
-  metrics: epath.Path,
+  directory: epath.Path,
+  *,
+  title: str = 'training',
+  shown: Mapping[str, str],
   optimizer: str = 'config.optimizer',
 ) -> State:
   """Updates a state to the last step, with metrics and checkpoints on the way.
 
   Args:
-    settings: when to log, look, save and stop.
-    state: to start from; it counts its updates as `step`.
-    update: the next state and what to log, given its step and the state.
-    look: scores of a state, every `eval_every` steps and at the end.
-    checkpoints: where states are saved, with the positions of `streams`.
-    streams: what `update` reads.
-    metrics: gets what is logged.
-    optimizer: the config section to change where updates are not finite.
+    settings: When to log, look, save and stop.
+    state: The first state; it counts its updates as `step`.
+    update: Gives the next state and its metrics, for a step and a state.
+    look: Scores a state, every `eval_every` steps and at the end.
+    checkpoints: Where states are saved, with the positions of `streams`.
+    streams: The batches that `update` reads.
+    directory: Where all metrics go.
+    title: Name of this training, for people.
+    shown: Metrics that a person sees as it goes, with a format for each.
+    optimizer: Config section to change where updates are not finite.
 
   Raises:
-    UserError: too many updates in a row were not finite, or the disk is full.
+    UserError: Too many updates in a row were not finite, or the disk is full.
     Preempted: SIGTERM came; a checkpoint is written.
   """
   total, start = settings.steps, int(state.step)
-  writer = metric_writers.create_default_writer(
-    metrics, just_logging=jax.process_index() != 0
-  )
-  progress = periodic_actions.ReportProgress(
-    num_train_steps=total, every_secs=10
-  )
-  ahead, done, usual = collections.deque(), [], np.inf
-  checkpoint.wait_for_all(f'ready for {metrics}')
-  with _preemption() as preempted, metric_writers.ensure_flushes(writer):
+  ahead, done, latest, usual = collections.deque(), [], {}, np.inf
+  checkpoint.wait_for_all(f'ready for {directory}')
+  with (
+    _preemption() as preempted,
+    _writing(directory, start) as write,
+    progress.Progress(title, total, 'steps', start=start, delay=0) as show,
+  ):
     # Of several processes, a signal that came before any step asks for step 1.
     if preempted(1) or preempted(start):
       raise Preempted(f'stopped by SIGTERM before step {start + 1}')
     for step in range(start + 1, total + 1):
-      state, logged = update(step, state)
+      state, measured = update(step, state)
       stop = preempted(step) and step < total
       last = stop or step == total
 
       # Metrics reach the host when the devices have computed them.
       line = last or step % settings.log_every == 0
-      ahead.append((step, logged))
+      ahead.append((step, measured))
       while len(ahead) > (0 if line else STEPS_AHEAD):
-        number, logged = ahead.popleft()
-        done.append(jax.device_get(logged))
+        number, measured = ahead.popleft()
+        done.append(jax.device_get(measured))
+        latest |= done[-1]
         _stop_if_broken(
           number, done[-1], settings.max_skipped, checkpoints, optimizer
         )
-      progress(step)
       if line:
         means = _means(done)
-        writer.write_scalars(step, means)
+        write(step, means)
         _warn_of_spike(step, done, usual)
+        latest |= means
         usual, done = means.get('train/loss', np.inf), []
 
       # A checkpoint is taken before the next batch is.
@@ -105,29 +108,64 @@ def loop(
         checkpoints.wait()
         raise Preempted(f'stopped by SIGTERM at step {step}; saved')
       if step == total or step % settings.eval_every == 0:
-        writer.write_scalars(step, look(state))
+        looked = look(state)
+        write(step, looked)
+        latest |= looked
+      figures = [
+        form.format(latest[name])
+        for name, form in shown.items()
+        if name in latest
+      ]
+      show(step, ', '.join(figures), line=line)
   return state
 
 
-def compile_step(experiment, step, state, batch):
-  """Compiles a step ahead of the loop, and says what it takes.
+@contextlib.contextmanager
+def _writing(
+  directory: epath.Path, start: int
+) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+  """Gives a function that keeps the metrics of a step; process 0 keeps them."""
+  if jax.process_index() != 0:
+    yield lambda step, scalars: None
+    return
+  writer = metrics_lib.Writer(directory, start)
+
+  def write(step: int, scalars: Mapping[str, float]) -> None:
+    writer.write(step, scalars)
+    logging.debug(
+      'step %d: %s',
+      step,
+      ', '.join(f'{name}={value:.6g}' for name, value in scalars.items()),
+    )
+
+  try:
+    yield write
+  finally:
+    writer.close()
+
+
+def compile_step(
+  experiment: experiment_lib.Experiment,
+  step: Callable[..., tuple[State, steps.Metrics]],
+  state: State,
+  batch: dict[str, Any],
+) -> Callable[[State, dict[str, jax.Array]], tuple[State, steps.Metrics]]:
+  """Compiles a step ahead of the loop, and logs the memory that it needs.
 
   Args:
-    experiment: what the step closes over.
-    step: a function of experiment, state and batch; it may reuse the state.
-    state: any with the shapes and shardings of the loop's.
-    batch: likewise.
+    experiment: The fixed parts of the run, which the step closes over.
+    step: Function of experiment, state and batch; it may reuse the state.
+    state: Any state with the shapes and shardings of the loop's.
+    batch: Shapes and shardings of a batch.
   """
-  if experiment.settings.debug.nans:  # JAX then runs it again, piece by piece.
-    return jax.jit(functools.partial(step, experiment))
+  run = functools.partial(step, experiment)
+  if experiment.settings.debug.nans:
+    # JAX runs it again, operation by operation, and needs the state for that.
+    return jax.jit(run)
   start = time.monotonic()
-  compiled = (
-    jax.jit(functools.partial(step, experiment), donate_argnums=0)
-    .lower(state, batch)
-    .compile()
-  )
+  compiled = jax.jit(run, donate_argnums=0).lower(state, batch).compile()
   memory = compiled.memory_analysis()
-  logging.info(
+  logging.debug(
     'compiled %s in %.0f s: a device holds %.3f GB of state and batch and '
     '%.3f GB while it computes',
     step.__name__,
@@ -139,7 +177,7 @@ def compile_step(experiment, step, state, batch):
 
 
 def _means(done: list[steps.Metrics]) -> dict[str, float]:
-  """Means of each metric over the steps that have it; the last of counts."""
+  """Mean of each metric over the steps that have it; of counts, the last."""
   values = {
     name: [m[name] for m in done if name in m]
     for name in sorted(set().union(*done))
@@ -150,7 +188,13 @@ def _means(done: list[steps.Metrics]) -> dict[str, float]:
   }
 
 
-def _stop_if_broken(step, metrics, limit, checkpoints, optimizer):
+def _stop_if_broken(
+  step: int,
+  metrics: steps.Metrics,
+  limit: int,
+  checkpoints: checkpoint.Checkpoints,
+  optimizer: str,
+) -> None:
   for part, section in (('train', optimizer), ('sampler', 'config.sampler')):
     skipped = int(metrics.get(f'{part}/skipped_in_a_row', 0))
     if skipped >= limit:
@@ -161,7 +205,7 @@ def _stop_if_broken(step, metrics, limit, checkpoints, optimizer):
       )
 
 
-def _warn_of_spike(step, done, usual):
+def _warn_of_spike(step: int, done: list[steps.Metrics], usual: float) -> None:
   losses = [m.get('train/loss', 0) for m in done]
   worst = int(np.argmax(losses))
   if losses[worst] > SPIKE * usual:
@@ -174,11 +218,11 @@ def _warn_of_spike(step, done, usual):
 
 
 @contextlib.contextmanager
-def _preemption():
-  """Listens to SIGTERM; gives a function that says whether to stop at a step.
+def _preemption() -> Iterator[Callable[[int], bool]]:
+  """Listens to SIGTERM; gives a function that tells whether to stop at a step.
 
-  It has to be asked after every step. One of several processes does not decide
-  alone: JAX tells all of them the same step, which none has reached yet.
+  Ask it after every step. Several processes have to stop at the same step: JAX
+  chooses one that none of them has reached yet.
   """
   several, signals = jax.process_count() > 1, []
   before = signal.SIG_DFL

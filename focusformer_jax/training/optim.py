@@ -1,10 +1,11 @@
-"""Optimizers of the supernet and of the sampler."""
+"""Optimizers, and the one update that every training step makes."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 import optax
 
 from focusformer_jax import config as config_lib
@@ -12,12 +13,78 @@ from focusformer_jax.models import layers
 
 Weights = TypeVar('Weights')
 
-# Not decayed, as in AutoFormer's recipe, beside everything one-dimensional.
+# Weight decay skips these, as in AutoFormer's recipe, and all vectors.
 UNDECAYED = ('position', 'class_token')
 
 
-def decayed(params):
-  """True for the arrays that weight decay applies to."""
+class Trained(NamedTuple, Generic[Weights]):
+  """The parts of a training state that an update changes.
+
+  Args:
+    weights: Parameters of a network.
+    optimizer: State of its optimizer.
+    average: Moving average of the weights, or None to keep none.
+  """
+
+  weights: Weights
+  optimizer: optax.ApplyIfFiniteState
+  average: Weights | None = None
+
+
+def update(
+  optimizer: optax.GradientTransformation,
+  loss_fn: Callable[[Weights], tuple[Float[Array, ''], dict[str, Array]]],
+  trained: Trained[Weights],
+  ema: float = 0.0,
+  updates: Int[Array, ''] | int = 0,
+) -> tuple[Trained[Weights], dict[str, Array]]:
+  """Takes one optimizer step, unless loss or gradients are not finite.
+
+  A refused update changes nothing but the counts of refused updates.
+
+  Args:
+    optimizer: From `supernet_optimizer` or `policy_optimizer`.
+    loss_fn: Loss of the weights, and further scalars to report.
+    trained: State before the update.
+    ema: Decay of the moving average.
+    updates: Number of updates before this one, which warms up the decay.
+
+  Returns:
+    The state after the update, and scalars: those of `loss_fn`, the loss, the
+    norm of its gradient, and how many updates were refused, in a row and
+    in total.
+  """
+  (loss, scalars), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    trained.weights
+  )
+  changes, state = optimizer.update(
+    refuse_if_not_finite(loss, grads), trained.optimizer, trained.weights
+  )
+  weights = optax.apply_updates(trained.weights, changes)
+  averaged = trained.average
+  if averaged is not None:
+    averaged = average(ema, updates, averaged, weights, _is_applied(state))
+  return Trained(weights, state, averaged), scalars | {
+    'loss': loss,
+    'grad_norm': optax.tree.norm(grads),
+    'skipped_in_a_row': state.notfinite_count,
+    'skipped': state.total_notfinite,
+  }
+
+
+def _is_applied(state: optax.ApplyIfFiniteState) -> Bool[Array, '']:
+  """Whether the last step changed the weights.
+
+  It does not where it was refused, or only accumulated a gradient.
+  """
+  inner = state.inner_state
+  if isinstance(inner, optax.MultiStepsState):
+    return state.last_finite & (inner.mini_step == 0)
+  return state.last_finite
+
+
+def decayed(params: Weights) -> Any:
+  """The tree of `params` with True for arrays that weight decay applies to."""
 
   def decide(path, param):
     return (
@@ -37,12 +104,12 @@ def schedule(
   """Linear warm-up, then a cosine that ends at the final learning rate.
 
   Args:
-    settings: all counted in training steps.
-    steps: of the whole run.
-    batch_size: images of a step.
+    settings: The recipe, whose durations are in training steps.
+    steps: Training steps of the whole run.
+    batch_size: Images per step.
 
   Returns:
-    The learning rate by update, of which `accumulate` steps make one.
+    The learning rate by update; `accumulate` steps make one update.
   """
   scale = 1.0
   if settings.reference_batch:
@@ -60,7 +127,7 @@ def schedule(
 def supernet_optimizer(
   settings: config_lib.Optimizer, steps: int, batch_size: int
 ) -> optax.GradientTransformation:
-  """AdamW that skips an update whose gradients are not finite."""
+  """AdamW (arXiv 1711.05101) that skips updates that are not finite."""
   adamw = optax.adamw(
     schedule(settings, steps, batch_size),
     weight_decay=settings.weight_decay,
@@ -71,32 +138,73 @@ def supernet_optimizer(
   optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
   if settings.accumulate > 1:
     optimizer = optax.MultiSteps(optimizer, settings.accumulate)
-  return _skip_not_finite(optimizer)
+  return skip_not_finite(optimizer)
 
 
-def _skip_not_finite(
+def policy_optimizer(
+  settings: config_lib.Sampler,
+) -> optax.GradientTransformation:
+  """Adam with clipped gradients: a rare architecture has a large score."""
+  return skip_not_finite(
+    optax.chain(
+      optax.clip_by_global_norm(1.0), optax.adam(settings.learning_rate)
+    )
+  )
+
+
+def skip_not_finite(
   inner: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-  """Skips updates that are not finite, and counts them in the state.
+  """Skips updates whose gradients are not finite, and counts them.
 
-  The training loop stops after too many in a row (`notfinite_count`), so
-  optax's own limit is out of reach.
+  Like `optax.apply_if_finite`, with the same state, but without its
+  conditional, which can block the launching thread on a GPU, and without a
+  limit: the training loop stops after too many skips in a row.
   """
-  return optax.apply_if_finite(inner, max_consecutive_errors=2**30)
+
+  def init(params):
+    return optax.ApplyIfFiniteState(
+      notfinite_count=jnp.int32(0),
+      last_finite=jnp.bool_(True),
+      total_notfinite=jnp.int32(0),
+      inner_state=inner.init(params),
+    )
+
+  def update(grads, state, params=None):
+    finite = jnp.stack(
+      [jnp.isfinite(grad).all() for grad in jax.tree.leaves(grads)]
+    ).all()
+
+    def choose(if_finite, otherwise):
+      return jax.tree.map(
+        lambda a, b: jnp.where(finite, a, b), if_finite, otherwise
+      )
+
+    updates, inner_state = inner.update(grads, state.inner_state, params)
+    return choose(updates, optax.tree.zeros_like(updates)), (
+      optax.ApplyIfFiniteState(
+        notfinite_count=jnp.where(finite, 0, state.notfinite_count + 1),
+        last_finite=finite,
+        total_notfinite=state.total_notfinite + ~finite,
+        inner_state=choose(inner_state, state.inner_state),
+      )
+    )
+
+  return optax.GradientTransformation(init, update)
 
 
-def refuse_if_not_finite(loss: Array, grads: Weights) -> Weights:
-  """Gradients of a loss that is not finite are not finite either."""
-  fine = jnp.isfinite(loss)
-  return jax.tree.map(lambda grad: jnp.where(fine, grad, jnp.nan), grads)
+def refuse_if_not_finite(loss: Float[Array, ''], grads: Weights) -> Weights:
+  """The gradients, or NaN in their place where the loss is not finite."""
+  finite = jnp.isfinite(loss)
+  return jax.tree.map(lambda grad: jnp.where(finite, grad, jnp.nan), grads)
 
 
 def hold_untouched(
   inner: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-  """Leaves entries alone, with their moments, whose gradient is exactly 0.
+  """Leaves entries whose gradient is exactly 0 alone, and their moments.
 
-  Such are the entries that no subnet of a step used.
+  These are the entries that no subnet of a step used.
   """
 
   def update(grads, state, params=None):
@@ -118,19 +226,22 @@ def hold_untouched(
 
 
 def average(
-  decay: float, step: Array, average_weights: Weights, weights: Weights
+  decay: float,
+  updates: Int[Array, ''] | int,
+  average_weights: Weights,
+  weights: Weights,
+  applied: Bool[Array, ''] | bool = True,
 ) -> Weights:
-  """The next exponential moving average, after `step` updates."""
-  decay = jnp.minimum(decay, (1 + step) / (10 + step))
-  return optax.incremental_update(weights, average_weights, 1 - decay)
+  """The next exponential moving average of the weights.
 
-
-def policy_optimizer(
-  settings: config_lib.Sampler,
-) -> optax.GradientTransformation:
-  """Adam with clipped gradients: a rare architecture has a large score."""
-  return _skip_not_finite(
-    optax.chain(
-      optax.clip_by_global_norm(1.0), optax.adam(settings.learning_rate)
-    )
+  Args:
+    decay: Share of the old average that stays; less in the first updates.
+    updates: Number of updates before this one.
+    average_weights: The average so far.
+    weights: The newest weights.
+    applied: Whether they are new; otherwise the average stays as it is.
+  """
+  decay = jnp.minimum(decay, (1 + updates) / (10 + updates))
+  return optax.incremental_update(
+    weights, average_weights, jnp.where(applied, 1 - decay, 0.0)
   )

@@ -1,9 +1,10 @@
-"""What training changes, and the keys it draws from."""
+"""The state that training changes, and the PRNG keys of its steps."""
 
 import enum
 
 import flax
 import jax
+import numpy as np
 import optax
 
 from focusformer_jax.models import supernet as supernet_lib
@@ -16,18 +17,18 @@ class TrainState:
   """Everything a step reads and writes.
 
   Args:
-    step: supernet updates done, int32.
-    seed: of the run, uint32; here rather than in the steps, so that runs that
-      differ in it alone share their compiled programs.
-    supernet: weights of all subnets.
-    optimizer: state of the supernet's optimizer.
-    average: their moving average, if there is one.
-    policy: weights of the sampler.
-    policy_optimizer: state of the sampler's optimizer.
-    trained: how often each choice was trained so far, in the form of the
-      policy's weights; float32 counts of subnets.
-    gigamacs: what training has cost so far, in 1e9 multiply-adds: of updates
-      (a backward pass counts as two forwards) and of all subnets scored.
+    step: Number of finished supernet updates, int32.
+    seed: Seed of the run, uint32. It is part of the state rather than of the
+      steps, so that runs that differ in nothing else share compiled programs.
+    supernet: Weights of all subnets.
+    optimizer: State of the supernet's optimizer.
+    average: Moving average of the supernet's weights, if there is one.
+    policy: Weights of the sampler.
+    policy_optimizer: State of the sampler's optimizer.
+    trained: How often each choice was trained so far, float32 counts of
+      subnets in the form of the policy's output.
+    gigamacs: Cost of training so far in 1e9 multiply-adds, of updates (a
+      backward pass counts as two forward passes) and of all subnets scored.
   """
 
   step: jax.Array
@@ -56,11 +57,26 @@ class Stream(enum.IntEnum):
   SAMPLER = 4
   SEARCH = 5
   PROFILE = 6
+  RETRAIN = 7
 
 
 def stream_key(
   seed: int | jax.Array, stream: Stream, step: int | jax.Array
 ) -> jax.Array:
-  """The same key for the same step, also after a crash."""
+  """The key of a step, the same after a crash.
+
+  Args:
+    seed: Seed of a run; may be traced.
+    stream: The purpose of the draws.
+    step: Number of the step; may be traced.
+  """
   root = jax.random.fold_in(jax.random.key(seed), int(stream))
   return jax.random.fold_in(root, step)
+
+
+def stream_seed(seed: int, stream: Stream) -> np.uint32:
+  """A seed for a training of its own within a run.
+
+  Its data order and all its keys are independent of those of `seed`.
+  """
+  return np.random.SeedSequence((seed, int(stream))).generate_state(1)[0]

@@ -14,19 +14,21 @@ import optax
 from focusformer_jax import sharding
 from focusformer_jax.data import augment
 from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.models import vit
 from focusformer_jax.sampler import conditional
 from focusformer_jax.sampler import policy as policy_lib
 from focusformer_jax.sampler import rewards
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import curricula
-from focusformer_jax.training import distillation as distillation_lib
+from focusformer_jax.training import distillation
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import optim
 from focusformer_jax.training import state as state_lib
 
 Metrics = dict[str, Float[Array, ''] | Int[Array, '']]
 
-# In forward passes: the backward pass multiplies by weights and by inputs.
+# Cost of an update in forward passes: the backward pass does two matrix
+# products for each of the forward pass.
 FORWARD_AND_BACKWARD = 3
 
 
@@ -35,26 +37,29 @@ def supernet_step(
   state: state_lib.TrainState,
   batch: dict[str, Array],
 ) -> tuple[state_lib.TrainState, Metrics]:
-  """One update of the weights that the subnets of this step share.
+  """One update of the weights that all subnets share.
 
-  The curriculum picks S subnets, each trains on its share of the batch. With
-  distillation the largest subnet trains on all of it, and teaches them. Where
-  the curriculum looks at losses, `batch['heldout']` is a held-out batch.
+  The curriculum picks S subnets, and each trains on its part of the batch. With
+  distillation the largest subnet trains on the whole batch and teaches them.
+
+  Args:
+    experiment: The fixed parts of the run.
+    state: State before the update.
+    batch: Training images; under 'heldout' also a batch of held-out images,
+      where the curriculum asks for losses.
   """
-  settings, distillation = experiment.settings, experiment.settings.distillation
+  settings, teaching = experiment.settings, experiment.settings.distillation
 
   def key(stream):
     return state_lib.stream_key(state.seed, stream, state.step)
 
-  candidates = []
-
   def score(archs):
-    candidates.append(archs)
     return eval_step(experiment, state.scored, archs, batch['heldout']).loss
 
-  archs = experiment.draw(
+  drawn = experiment.draw(
     key(state_lib.Stream.CURRICULUM), state.step, state.policy, score
   )
+  archs = drawn.archs
   images, targets_BC = augment.augment(
     experiment.recipe,
     key(state_lib.Stream.AUGMENT),
@@ -74,50 +79,46 @@ def supernet_step(
 
     logits_BC = run(archs)
     loss = optax.softmax_cross_entropy(logits_BC, targets_BC).mean()
-    if distillation.loss == 'none':
-      return loss
+    if teaching.loss == 'none':
+      return loss, {}
     teacher_BC = run(largest)
-    diverge = distillation_lib.divergence(
-      distillation.loss, distillation.temperature
-    )
-    loss *= 1 - distillation.weight
-    loss += distillation.weight * diverge(teacher_BC, logits_BC).mean()
-    return loss + optax.softmax_cross_entropy(teacher_BC, targets_BC).mean()
+    diverge = distillation.divergence(teaching.loss, teaching.temperature)
+    loss *= 1 - teaching.weight
+    loss += teaching.weight * diverge(teacher_BC, logits_BC).mean()
+    loss += optax.softmax_cross_entropy(teacher_BC, targets_BC).mean()
+    return loss, {}
 
-  loss, grads = jax.value_and_grad(loss_fn)(state.supernet)
-  updates, optimizer = experiment.optimizer.update(
-    optim.refuse_if_not_finite(loss, grads), state.optimizer, state.supernet
+  trained, scalars = optim.update(
+    experiment.optimizer,
+    loss_fn,
+    optim.Trained(state.supernet, state.optimizer, state.average),
+    settings.optimizer.ema,
+    state.step // settings.optimizer.accumulate,
   )
-  supernet = optax.apply_updates(state.supernet, updates)
-  average = state.average
-  if average is not None:
-    average = optim.average(
-      settings.optimizer.ema, state.step, average, supernet
-    )
   counts = curricula.count_choices(experiment.space, archs)
   examples = len(batch['label'])
   forward = _gigamacs(experiment, archs, examples // len(archs.depth))
-  if distillation.loss != 'none':
+  if teaching.loss != 'none':
     forward += _gigamacs(experiment, largest, examples)
-  scored = sum(
-    _gigamacs(experiment, archs, len(batch['heldout']['label']))
-    for archs in candidates
-  )
+  gigamacs = state.gigamacs + FORWARD_AND_BACKWARD * forward
+  if drawn.scored is not None:
+    heldout = len(batch['heldout']['label'])
+    gigamacs += _gigamacs(experiment, drawn.scored, heldout)
   state = state.replace(
     step=state.step + 1,
-    gigamacs=state.gigamacs + scored + FORWARD_AND_BACKWARD * forward,
-    supernet=supernet,
-    optimizer=optimizer,
-    average=average,
+    gigamacs=gigamacs,
+    supernet=trained.weights,
+    optimizer=trained.optimizer,
+    average=trained.average,
     trained=jax.tree.map(jnp.add, state.trained, counts),
   )
-  return state, {
-    'train/loss': loss,
-    'train/grad_norm': optax.tree.norm(grads),
-    'train/macs_per_image': 1e9 * forward / examples,
-    'train/skipped_in_a_row': optimizer.notfinite_count,
-    'train/skipped': optimizer.total_notfinite,
-  }
+  scalars['macs_per_image'] = 1e9 * forward / examples
+  return state, named('train', scalars)
+
+
+def named(part: str, scalars: Metrics) -> Metrics:
+  """The scalars as metrics of one part of training, such as 'train/loss'."""
+  return {f'{part}/{name}': value for name, value in scalars.items()}
 
 
 def _gigamacs(
@@ -125,7 +126,7 @@ def _gigamacs(
   archs: search_space.Architecture,
   images: int,
 ) -> Float[Array, '']:
-  """Of one forward pass of each architecture over as many images."""
+  """Cost of a forward pass of each architecture over a number of images."""
   table = experiment.tables['macs']
   macs_A = jax.vmap(table.units)(archs).astype(jnp.float32) * table.unit
   return macs_A.sum() * images / 1e9
@@ -138,8 +139,13 @@ def sampler_step(
 ) -> tuple[state_lib.TrainState, Metrics]:
   """One policy-gradient update of the sampler (REINFORCE, Williams 1992).
 
-  M subnets drawn at each of K budgets are all scored on the same held-out
-  images with the supernet's weights; `rewards` turns that into advantages.
+  M subnets drawn at each of K budgets are scored on the same held-out images
+  with the supernet's weights; `rewards` turns the scores into advantages.
+
+  Args:
+    experiment: The fixed parts of the run.
+    state: State before the update.
+    batch: Held-out images.
   """
   settings = experiment.settings.sampler
   bins, space = experiment.cost_bins, experiment.space
@@ -194,25 +200,24 @@ def sampler_step(
     loss_K, entropy_K = jax.vmap(at_budget)(
       position_K, bound_K, lower_K, archs_KM, advantage_KM
     )
-    return loss_K.mean(), entropy_K.mean()
+    return loss_K.mean(), {'entropy': entropy_K.mean()}
 
-  grads, entropy = jax.grad(loss_fn, has_aux=True)(state.policy)
-  updates, optimizer = experiment.policy_optimizer.update(
-    grads, state.policy_optimizer
+  trained, scalars = optim.update(
+    experiment.policy_optimizer,
+    loss_fn,
+    optim.Trained(state.policy, state.policy_optimizer),
   )
   images = len(batch['label'])
   state = state.replace(
-    policy=optax.apply_updates(state.policy, updates),
-    policy_optimizer=optimizer,
+    policy=trained.weights,
+    policy_optimizer=trained.optimizer,
     gigamacs=state.gigamacs + _gigamacs(experiment, archs_A, images),
   )
-  return state, {
-    'sampler/reward': reward_KM.mean(),
-    'sampler/reward_spread': reward_KM.std(1).mean(),
-    'sampler/entropy': entropy,
-    'sampler/skipped_in_a_row': optimizer.notfinite_count,
-    'sampler/skipped': optimizer.total_notfinite,
+  scalars |= {
+    'reward': reward_KM.mean(),
+    'reward_spread': reward_KM.std(1).mean(),
   }
+  return state, named('sampler', scalars)
 
 
 def frozen_step(
@@ -226,11 +231,21 @@ def frozen_step(
 
 
 class Scores(NamedTuple):
-  """Sums over the examples of a batch, for each of A subnets."""
+  """Sums over the examples of a batch, for one network or each of A."""
 
-  loss: Float[Array, 'A']
-  correct: Float[Array, 'A']
-  count: Float[Array, '']
+  loss: Float[Array, '*A']
+  correct: Float[Array, '*A']
+  count: Float[Array, '*A']
+
+
+def score(logits_BC: Float[Array, 'B C'], batch: dict[str, Array]) -> Scores:
+  """Sums of cross-entropy and of right answers; padding has weight 0."""
+  labels_B, weights_B = batch['label'], batch['weight']
+  loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B)
+  correct_B = jnp.argmax(logits_BC, -1) == labels_B
+  return Scores(
+    (loss_B * weights_B).sum(), (correct_B * weights_B).sum(), weights_B.sum()
+  )
 
 
 def eval_step(
@@ -239,28 +254,32 @@ def eval_step(
   archs: search_space.Architecture,
   batch: dict[str, Array],
 ) -> Scores:
-  """Scores A subnets on one batch; padding has weight 0."""
+  """Scores A subnets on one batch."""
   supernet = sharding.gathered(experiment.mesh, supernet)
   images = augment.normalize(experiment.recipe, batch['image'])
-  labels_B, weights_B = batch['label'], batch['weight']
+  return jax.lax.map(lambda arch: score(supernet(images, arch), batch), archs)
 
-  def score(arch):
-    logits_BC = supernet(images, arch)
-    loss_B = optax.softmax_cross_entropy_with_integer_labels(
-      logits_BC, labels_B
-    )
-    correct_B = jnp.argmax(logits_BC, -1) == labels_B
-    return (loss_B * weights_B).sum(), (correct_B * weights_B).sum()
 
-  loss_A, correct_A = jax.lax.map(score, archs)
-  return Scores(loss_A, correct_A, weights_B.sum())
+def network_eval_step(
+  experiment: experiment_lib.Experiment,
+  network: vit.VisionTransformer,
+  batch: dict[str, Array],
+) -> Scores:
+  """Scores a standalone network on one batch."""
+  network = sharding.gathered(experiment.mesh, network)
+  images = augment.normalize(experiment.recipe, batch['image'])
+  return score(network(images), batch)
 
 
 class Proposal(NamedTuple):
-  """What the sampler says at one budget.
+  """The sampler's answer to one budget.
 
-  `weights` is its output, `decisions` the probability of each choice given the
-  budget; `mass_near` that of costs within 1% of it.
+  Args:
+    arch: The most probable architecture within the budget.
+    weights: Output of the policy.
+    decisions: Probability of each choice, given the budget.
+    entropy: Entropy of the distribution within the budget, in nats.
+    mass_near: Probability of costs within 1% of the budget.
   """
 
   arch: search_space.Architecture
@@ -275,10 +294,12 @@ def propose_step(
   policy: policy_lib.Policy,
   budget: Int[Array, ''],
 ) -> Proposal:
-  """What the sampler decodes within a budget, and how sure of it.
+  """Decodes the sampler's answer to a budget, and how sure it is of it.
 
   Args:
-    budget: in units of the cost table; at least its minimum.
+    experiment: The fixed parts of the run.
+    policy: The sampler.
+    budget: Upper bound in units of the cost table; at least its minimum.
   """
   budgets = experiment.cost_bins
   weights = policy(budgets.normalize(budget))
@@ -302,10 +323,10 @@ def draw_step(
   """Draws a batch of `count` architectures within a budget.
 
   Args:
-    experiment: gives the cost.
-    count: static.
-    key: of the draws.
-    weights: a policy's output, or `policy.architecture_weights`.
-    budget: in units of the cost table; at least its minimum.
+    experiment: The fixed parts of the run.
+    count: Number of draws; static.
+    key: PRNG key for the draws.
+    weights: Output of a policy, or `conditional.architecture_weights`.
+    budget: Upper bound in units of the cost table; at least its minimum.
   """
   return conditional.sample(key, weights, experiment.cost_bins, budget, count)

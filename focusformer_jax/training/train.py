@@ -1,4 +1,4 @@
-"""Training of supernet and sampler: the loop, in paragraphs."""
+"""Training of the supernet and its sampler."""
 
 import collections
 import dataclasses
@@ -14,6 +14,7 @@ from focusformer_jax import atomic_files
 from focusformer_jax import sharding
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
+from focusformer_jax.models import layers
 from focusformer_jax.training import checkpoint
 from focusformer_jax.training import curricula
 from focusformer_jax.training import evaluate
@@ -24,8 +25,7 @@ from focusformer_jax.training import steps
 
 CHECKPOINTS = 'checkpoints'
 
-
-# Those whose versions a run notes down.
+# Libraries whose versions a run notes down.
 LIBRARIES = (
   'jax',
   'jaxlib',
@@ -44,6 +44,7 @@ def open_checkpoints(
   *,
   tidy: bool = False,
 ) -> checkpoint.Checkpoints:
+  """The checkpoints of a working directory; `tidy` only where one writes."""
   return checkpoint.Checkpoints(
     workdir / CHECKPOINTS,
     experiment.facts(),
@@ -55,7 +56,7 @@ def open_checkpoints(
 def is_finished(
   experiment: experiment_lib.Experiment, workdir: epath.Path
 ) -> bool:
-  """Whether the last step's checkpoint is there."""
+  """Whether there is a checkpoint of the last step."""
   if not (workdir / CHECKPOINTS).exists():
     return False
   with open_checkpoints(experiment, workdir) as checkpoints:
@@ -63,26 +64,40 @@ def is_finished(
   return latest is not None and latest >= experiment.settings.train.steps
 
 
+def train_stream(
+  experiment: experiment_lib.Experiment, seed: int
+) -> batches_lib.Batches:
+  """Training batches without end, as `config.data` describes them.
+
+  Args:
+    experiment: The fixed parts of the run.
+    seed: Seed of their order and of random crops.
+  """
+  settings = experiment.settings
+  return batches_lib.train_batches(
+    experiment.dataset.split('train'),
+    settings.data.batch_size,
+    seed,
+    jax.process_index(),
+    jax.process_count(),
+    repeats=settings.data.repeats,
+    workers=settings.data.workers,
+  )
+
+
 def open_streams(
   experiment: experiment_lib.Experiment,
 ) -> dict[str, batches_lib.Batches]:
-  """Batches from one part of train, and for the sampler from the other."""
+  """Training batches for the supernet, held-out batches for the sampler."""
   settings = experiment.settings
-  process = jax.process_index(), jax.process_count()
   return {
-    'train': batches_lib.train_batches(
-      experiment.dataset.split('train'),
-      settings.data.batch_size,
-      settings.seed,
-      *process,
-      repeats=settings.data.repeats,
-      workers=settings.data.workers,
-    ),
+    'train': train_stream(experiment, settings.seed),
     'heldout': batches_lib.train_batches(
       experiment.dataset.split('heldout'),
       settings.sampler.batch_size,
       settings.seed,
-      *process,
+      jax.process_index(),
+      jax.process_count(),
       # Rewards are of what evaluation sees.
       random_crops=False,
       key='config.sampler.batch_size',
@@ -95,14 +110,19 @@ def train(
   evaluator: evaluate.Evaluator,
   workdir: epath.Path,
 ) -> state_lib.TrainState:
-  """Trains to the last step, resuming from the newest checkpoint if there is.
+  """Trains to the last step, resuming from the newest checkpoint if any.
+
+  Args:
+    experiment: The fixed parts of the run.
+    evaluator: Scores the sampler's answers on the way.
+    workdir: Where checkpoints and metrics go.
 
   Raises:
-    UserError: the workdir cannot be written, the checkpoint is of another run,
-      the weights to start from do not fit, or too many updates in a row were
-      not finite.
-    FloatingPointError: with `config.debug.nans`, and names the operation.
-    loop.loop.Preempted: SIGTERM came; a checkpoint is written.
+    UserError: The workdir cannot be written, the checkpoint is of another run,
+      the initial weights do not fit, or too many updates in a row were not
+      finite.
+    FloatingPointError: An operation gave NaN, with `config.debug.nans`.
+    loop.Preempted: SIGTERM came; a checkpoint is written.
   """
   settings = experiment.settings
   streams = open_streams(experiment)
@@ -115,7 +135,7 @@ def train(
     open_checkpoints(experiment, workdir, tidy=True) as checkpoints,
     jax.debug_nans(settings.debug.nans),
   ):
-    # loop.loop.State: the newest checkpoint if there is one, else born sharded.
+    # The newest checkpoint if there is one, else a new state, born sharded.
     if checkpoints.latest_step is None:
       state = state or experiment.init_state()
       _log_overview(experiment, state)
@@ -126,6 +146,7 @@ def train(
 
     # Two programs own the state; the evaluator's only look at it. Where the
     # supernet does not learn, every step is the sampler's and one program does.
+    logging.info('compiling the training steps')
     total, warmup = settings.train.steps, curricula.warmup_steps(settings)
     heldout_batch = experiment.abstract_batch(settings.sampler.batch_size)
     scores = curricula.wants_scores(settings)
@@ -156,6 +177,17 @@ def train(
         metrics |= sampled
       return state, metrics
 
+    # One budget stands for all of them while a person watches.
+    budgets = experiment.search_budgets
+    middle = budgets[len(budgets) // 2]
+    logging.info(
+      'training: steps %s to %s; held-out accuracy is that of the answer to a '
+      'budget of %s %s',
+      f'{int(state.step) + 1:,}',
+      f'{total:,}',
+      f'{middle:,}',
+      experiment.cost_bins.table.label,
+    )
     return loop.loop(
       settings.train,
       state,
@@ -164,13 +196,18 @@ def train(
       checkpoints,
       streams,
       workdir / 'metrics',
+      shown={
+        'train/loss': 'loss {:.3f}',
+        'sampler/reward': 'reward {:.3f}',
+        f'budget_{middle}/heldout_accuracy': 'held-out {:.1%}',
+      },
     )
 
 
 def describe_run(
   experiment: experiment_lib.Experiment, workdir: epath.Path
 ) -> None:
-  """Writes what is run, and on what, for the report."""
+  """Writes the configuration and the environment of a run, for its report."""
   if jax.process_index() != 0:
     return
   devices = collections.Counter(d.device_kind for d in jax.devices())
@@ -179,7 +216,9 @@ def describe_run(
     'platform': platform.platform(),
     'devices': dict(devices),
     'processes': jax.process_count(),
-    'versions': {name: metadata.version(name) for name in LIBRARIES},
+    'versions': {
+      name: version for name in LIBRARIES if (version := _version(name))
+    },
   }
   for name, value in (
     ('config', dataclasses.asdict(experiment.settings)),
@@ -188,8 +227,17 @@ def describe_run(
     atomic_files.write_json(workdir / f'{name}.json', value)
 
 
-def _log_overview(experiment, state):
-  """What is about to be trained, once."""
+def _version(library: str) -> str | None:
+  try:
+    return metadata.version(library)
+  except metadata.PackageNotFoundError:
+    return None
+
+
+def _log_overview(
+  experiment: experiment_lib.Experiment, state: state_lib.TrainState
+) -> None:
+  """Logs the space, and with `--verbosity=1` every parameter."""
   table = experiment.tables['macs']
   logging.info(
     '%.3g subnets from %.4g to %.4g MACs, %s; a step of the largest takes '
@@ -202,17 +250,8 @@ def _log_overview(experiment, state):
   )
   for name in ('supernet', 'policy'):
     parameter_overview.log_parameter_overview(
-      _values(getattr(state, name)), include_stats=False, msg=name
+      layers.named_leaves(getattr(state, name)), include_stats=False, msg=name
     )
-
-
-def _values(module) -> dict:
-  """Parameters by name, for the overview."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(module)
-  return {
-    jax.tree_util.keystr(path[:-1], simple=True, separator='.'): leaf
-    for path, leaf in leaves
-  }
 
 
 def _look(
@@ -221,7 +260,7 @@ def _look(
   state: state_lib.TrainState,
   heldout: datasets.Source,
 ) -> dict[str, float]:
-  """Held-out scores of each budget's proposal, and how sure the sampler is."""
+  """Held-out scores of the answer to each budget, and how sure it is."""
   table, budgets = experiment.cost_bins.table, experiment.search_budgets
   proposals = evaluator.propose(state.policy, budgets)
   scores = evaluator.score(state.scored, [p.arch for p in proposals], heldout)
