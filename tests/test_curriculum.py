@@ -1,6 +1,7 @@
 """Draws of each curriculum against the distribution that it states."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -29,6 +30,7 @@ def draw(bins, settings, step=0, policy=None, score=None):
   """Indices into `ALL` of 1,000 calls' draws, of shape (1000, 4)."""
   make = curricula.make(settings, TINY, bins)
   keys = jax.random.split(jax.random.key(7), CALLS)
+  step = jnp.int32(step)
   archs = jax.jit(jax.vmap(lambda key: make(key, step, policy, score).archs))(
     keys
   )

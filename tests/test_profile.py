@@ -2,6 +2,7 @@
 
 import json
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ ZEROS = {
 def write(path, **changes):
   table = FACTS | {'device': 'test', 'microseconds': MICROSECONDS} | changes
   path.write_text(json.dumps(table))
-  return path
+  return epath.Path(path)
 
 
 def parse(**changes) -> config_lib.Settings:
@@ -97,7 +98,7 @@ def test_a_slow_network_does_not_make_entries_negative():
 
 def test_written_table_is_read_back(tmp_path):
   entries = {name: np.array(values) for name, values in MICROSECONDS.items()}
-  path = tmp_path / 'profile' / 'table.json'
+  path = epath.Path(tmp_path) / 'profile' / 'table.json'
   latency_table.write(path, entries, FACTS | {'device': 'test'})
   assert json.loads(path.read_text()) == (
     FACTS | {'device': 'test', 'microseconds': MICROSECONDS}
@@ -144,10 +145,10 @@ def test_a_table_of_something_else_is_refused(changes, message, tmp_path):
 
 def test_a_table_that_is_not_there_is_named(tmp_path):
   with pytest.raises(errors.UserError, match=r'found no .*table\.json'):
-    latency_table.read(tmp_path / 'table.json', FACTS)
+    latency_table.read(epath.Path(tmp_path) / 'table.json', FACTS)
   (tmp_path / 'table.json').write_text('{')
   with pytest.raises(errors.UserError, match=r'found .* in .*table\.json'):
-    latency_table.read(tmp_path / 'table.json', FACTS)
+    latency_table.read(epath.Path(tmp_path) / 'table.json', FACTS)
 
 
 def test_latency_as_cost_wants_a_table():

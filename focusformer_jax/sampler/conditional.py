@@ -36,7 +36,8 @@ The recursion is this project's own; the FocusFormer paper (arXiv 2208.10861)
 describes its sampler in words alone.
 
 Letters: `A` architectures, `D` depth choices, `E` embed choices, `H` head
-choices, `R` ratio choices, `K` choices of either kind, `L` layers, `G` bins.
+choices, `R` ratio choices, `K` choices of either kind, `L` layers, `G` numbers
+of bins from 0 to the most that an architecture spends.
 """
 
 from collections.abc import Callable
@@ -93,15 +94,15 @@ class _Recursion(NamedTuple):
     root: Total of `spent`, weighed by depth and width.
   """
 
-  before: Float[Array, 'L E G+1']
-  halfway: Float[Array, 'L E G+1']
-  spent: Float[Array, 'D E G+1']
+  before: Float[Array, 'L E G']
+  halfway: Float[Array, 'L E G']
+  spent: Float[Array, 'D E G']
   root: Float[Array, 'D E']
 
 
 def _spend(
-  f_EG: Float[Array, 'E G+1'], cost_EK: Int[np.ndarray, 'E K']
-) -> Float[Array, 'K E G+1']:
+  f_EG: Float[Array, 'E G'], cost_EK: Int[np.ndarray, 'E K']
+) -> Float[Array, 'K E G']:
   """F after each choice: row e moves up by the choice's cost, a constant."""
   never = jnp.float32(NEVER)
   rows = [

@@ -1,7 +1,7 @@
 """Costs counted in whole bins, for the recursion of `conditional.py`.
 
 Letters: `D` depth choices, `E` embed choices, `H` head choices, `R` ratio
-choices, `G` bins.
+choices, `K` choices of either kind, `G` numbers of bins from 0 to `num_bins`.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class CostBins:
     max_bins: Largest number of bins for the range of one width.
 
   Attributes:
-    num_bins: Most bins that any architecture spends, G.
+    num_bins: Most bins that any architecture spends.
     bin_E: Units per bin of each width.
     base_DE: Cost of the cheapest architecture of each depth and width.
     span_DE: Cost of the dearest one beyond that.
@@ -122,7 +122,7 @@ class CostBins:
 
   def allowed(
     self, budget: Int[ArrayLike, ''], lower: Int[ArrayLike, ''] | None = None
-  ) -> Bool[Array, 'D E G+1']:
+  ) -> Bool[Array, 'D E G']:
     """Numbers of bins that are within `budget`, and not within `lower`.
 
     Architectures that spend them never cost more than `budget`. With `lower`,
@@ -148,7 +148,7 @@ class CostBins:
     return jnp.where(jnp.any(inside_DEG), lower, -1)
 
   @functools.cached_property
-  def num_architectures(self) -> Float[np.ndarray, 'D E G+1']:
+  def num_architectures(self) -> Float[np.ndarray, 'D E G']:
     """How many architectures of each depth and width spend each number of bins.
 
     Float64: exact up to 2^53.
