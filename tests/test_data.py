@@ -8,6 +8,7 @@ import sys
 import zlib
 
 import cv2
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -19,8 +20,10 @@ from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
+from focusformer_jax.training import checkpoint
+from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, smoke_settings
 
 AREA = (0.1, 0.5)
 
@@ -316,6 +319,12 @@ class NoiseFromNowhere(_Noise):
 
 
 def test_data_set_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
+  import tensorflow as tf
+
+  hidden = []
+  monkeypatch.setattr(
+    tf.config, 'set_visible_devices', lambda _, kind: hidden.append(kind)
+  )
   monkeypatch.setattr(downloader, 'MAX_RETRIES', 0)
   monkeypatch.setenv('no_proxy', 'localhost')
   settings = data_settings(name='noise_from_nowhere', dir=str(tmp_path))
@@ -327,6 +336,32 @@ def test_data_set_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch):
     '--file_format=array_record` where there is a network and set '
     'config.data.dir'
   )
+  assert hidden == ['GPU', 'TPU']  # They belong to JAX.
+
+
+@pytest.mark.parametrize(
+  'process, wanted',
+  [(0, ['prepare', 'wait', 'wait']), (1, ['wait', 'prepare', 'wait'])],
+)
+def test_process_0_prepares_first_and_others_wait(process, wanted, monkeypatch):
+  events = []
+
+  class Opened(Exception):
+    pass
+
+  def open_dataset(*_):
+    raise Opened
+
+  monkeypatch.setattr(jax, 'process_index', lambda: process)
+  monkeypatch.setattr(datasets, 'open_dataset', open_dataset)
+  monkeypatch.setattr(datasets, 'prepare', lambda _: events.append('prepare'))
+  # This barrier waits for an hour; collectives would for half a minute.
+  monkeypatch.setattr(
+    checkpoint, 'wait_for_all', lambda _: events.append('wait')
+  )
+  with pytest.raises(Opened):
+    experiment_lib.create(smoke_settings(None), jax.devices()[:1])
+  assert events == wanted
 
 
 def test_epochs_show_each_image_once_in_different_orders():
