@@ -5,6 +5,7 @@ import pytest
 from benchmarks import costs
 from focusformer_jax.models import layers
 from focusformer_jax.models import vit
+from focusformer_jax.sampler import cost_bins
 from focusformer_jax.spaces import cost
 from focusformer_jax.spaces import search_space
 from tests.conftest import DATA, GEOMETRY, TINY, make_supernet
@@ -79,3 +80,13 @@ def test_costs_of_nothing_are_refused():
       attention_EH=np.zeros((2, 2), int),
       mlp_ER=np.zeros((2, 2), int),
     )
+
+
+def test_large_macs_do_not_forbid_another_cost():
+  geometry = search_space.Geometry(1024, 16, 3, 1000)
+  macs = cost.macs(search_space.BASE, geometry)
+  with pytest.raises(ValueError, match=r'cost: wanted at most 2,147,483,647 u'):
+    cost_bins.CostBins(macs)
+  cost_bins.CostBins(cost.params(search_space.BASE, geometry))
+  largest = search_space.BASE.largest()
+  assert macs.approximately(largest) == pytest.approx(macs.maximum, rel=1e-6)

@@ -122,16 +122,11 @@ def _uniform_architectures(experiment) -> search_space.Architecture:
   return draw(_key(experiment, 0))
 
 
-def _costs(table: cost.CostTable, archs) -> np.ndarray:
-  """Costs of a batch of architectures, int64."""
-  return np.asarray(table.units(archs), np.int64) * table.unit
-
-
 def _reachable(tables: Mapping[str, cost.CostTable], archs) -> str:
   """Lowest, median and highest of each cost."""
   rows = [['cost', 'minimum', 'median', 'maximum']]
   for table in tables.values():
-    median = int(np.median(_costs(table, archs)))
+    median = int(np.median(table.of_all(archs)))
     numbers = (table.minimum, median, table.maximum)
     rows.append([table.label, *(f'{n:,}' for n in numbers)])
   return text_table.align(rows)
@@ -140,7 +135,7 @@ def _reachable(tables: Mapping[str, cost.CostTable], archs) -> str:
 def _feasible(experiment, archs, configured: Sequence[float]) -> str:
   """Which budgets some subnet can meet, and how many of all subnets do."""
   table = experiment.cost_bins.table
-  costs = _costs(table, archs)
+  costs = table.of_all(archs)
   rows = [[f'budget, {table.label}', 'can be met', 'subnets within']]
   for budget in sorted(configured) or experiment.search_budgets:
     met = 'yes' if budget >= table.minimum else 'no'

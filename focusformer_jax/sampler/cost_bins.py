@@ -49,7 +49,8 @@ class CostBins:
     mlp_ER: Bins of the MLP half of a layer.
 
   Raises:
-    ValueError: `max_bins` is too small for two choices in every layer.
+    ValueError: `max_bins` is too small for two choices in every layer, or the
+      highest cost is 2^31 units or more.
   """
 
   table: cost.CostTable
@@ -64,6 +65,12 @@ class CostBins:
 
   def __post_init__(self):
     unit, depth_D = self.table.unit, np.array(self.table.depth, np.int64)
+    if self.table.maximum // unit >= 2**31:
+      raise ValueError(
+        f'cost: wanted at most {2**31 - 1:,} units of {unit:,} '
+        f'{self.table.label}, found {self.table.maximum // unit:,}; choose '
+        'widths with a larger common divisor'
+      )
     stem_E = self.table.stem_E // unit
     halves = (self.table.attention_EH // unit, self.table.mlp_ER // unit)
     cheapest_E = sum(half.min(axis=1) for half in halves)

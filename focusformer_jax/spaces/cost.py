@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from focusformer_jax.spaces import search_space
@@ -36,8 +36,7 @@ class CostTable:
     mlp_ER: Cost of the MLP half of one layer, int64.
 
   Raises:
-    ValueError: An entry is negative, a subnet costs nothing, or 31 bits cannot
-      count the highest cost in units of the entries' greatest common divisor.
+    ValueError: An entry is negative, or a subnet costs nothing.
   """
 
   name: str
@@ -53,11 +52,6 @@ class CostTable:
     if self.minimum < 1:
       raise ValueError(
         f'{self.name}: wanted a smallest subnet that costs at least 1, found 0'
-      )
-    if self.maximum // self.unit >= 2**31:
-      raise ValueError(
-        f'{self.name}: {self.maximum} is too many units of {self.unit} for '
-        '31 bits; choose widths with a larger common divisor'
       )
 
   @property
@@ -102,11 +96,21 @@ class CostTable:
   def units(self, arch: search_space.Architecture) -> Int[Array, '*A']:
     """The cost of one architecture, or of a batch, in multiples of `unit`.
 
-    The count is an exact int32: XLA has no 64-bit integers by default. `arch`
-    may be traced.
+    The count is an int32, since XLA has no 64-bit integers by default. It is
+    exact in every space that `CostBins` takes. `arch` may be traced.
     """
     entries = [jnp.asarray(t // self.unit, jnp.int32) for t in self._entries]
     return self._sum(jnp, entries, arch)
+
+  def approximately(
+    self, arch: search_space.Architecture
+  ) -> Float[Array, '*A']:
+    """The cost of one architecture, or of a batch, in float32.
+
+    Unlike `units`, it serves spaces of any size. `arch` may be traced.
+    """
+    entries = [jnp.asarray(t // self.unit, jnp.float32) for t in self._entries]
+    return self._sum(jnp, entries, arch) * self.unit
 
   def of_all(self, archs: search_space.Architecture) -> Int[np.ndarray, 'A']:
     """The exact costs of a concrete batch, int64, on the host."""

@@ -65,15 +65,10 @@ class Experiment:
   @functools.cached_property
   def tables(self) -> dict[str, cost.CostTable]:
     """Every cost that tables and reports show, by name."""
-    try:
-      tables = {
-        'macs': cost.macs(self.space, self.geometry),
-        'params': cost.params(self.space, self.geometry),
-      }
-    except ValueError as error:
-      raise errors.UserError(
-        f'config.space: wanted costs that can be counted, found {error}'
-      ) from error
+    tables = {
+      'macs': cost.macs(self.space, self.geometry),
+      'params': cost.params(self.space, self.geometry),
+    }
     measured = self.settings.sampler.latency
     if measured is not None:
       tables['latency'] = latency_table.read(

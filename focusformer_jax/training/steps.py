@@ -127,8 +127,7 @@ def _gigamacs(
   images: int,
 ) -> Float[Array, '']:
   """Cost of a forward pass of each architecture over a number of images."""
-  table = experiment.tables['macs']
-  macs_A = jax.vmap(table.units)(archs).astype(jnp.float32) * table.unit
+  macs_A = experiment.tables['macs'].approximately(archs)
   return macs_A.sum() * images / 1e9
 
 
