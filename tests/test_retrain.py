@@ -214,7 +214,9 @@ def test_retraining_resumes_bit_for_bit(
     accuracy(after, experiment)
   )
 
-  # Another network is another run.
+  # Another seed or another network is another run.
+  with pytest.raises(errors.UserError, match=r'config\.seed=1, found 0'):
+    stages.run(dataclasses.replace(settings, seed=1), killed, 'retrain')
   vit.save(new_network(seed=1), ARCHITECTURE, killed / 'subnet')
   with pytest.raises(errors.UserError, match=r'config\.retrain\.network'):
     stages.run(settings, killed, 'retrain')
