@@ -1,12 +1,19 @@
-"""Compares our supernet's logits with those that AutoFormer's code printed.
+"""Compares our supernet with numbers that AutoFormer's code printed.
 
   python benchmarks/parity.py PREFIX...
 
-Each PREFIX.npz holds a state dict under `param/<PyTorch name>`, images `x` and
-`logits` of several subnets, which PREFIX.json lists beside the geometry. Both
-ways of running a subnet are compared. Exits 1 above a deviation of 1e-5.
+PREFIX.json describes a case and PREFIX.npz holds its arrays. A case of logits
+has a state dict under `param/<PyTorch name>`, images `x` and the `logits` of
+several subnets. A case of gradients has images `x`, `labels`, and for some
+subnets of the case `parity_small` in the same directory the mean cross-entropy
+and its gradients under `grad<i>/<PyTorch name>`.
+
+Both ways of running a subnet are compared. Prints the largest relative error of
+the logits, or of the gradient of each parameter: the largest deviation in the
+tensor of one layer over the largest number in it. Exits 1 if one exceeds 1e-5.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 import json
 import pathlib
 import sys
@@ -15,13 +22,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from flax import nnx
 import jax
+from jaxtyping import ArrayLike
 import numpy as np
+import optax
 
 from focusformer_jax.models import autoformer
+from focusformer_jax.models import layers
 from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.spaces import search_space
 
 TOLERANCE = 1e-5
-# What our supernet does not have a switch for; `gp` chooses the pooling.
+# What our supernet has no switch for; `gp` chooses the pooling.
 WANTED = {
   'qkv_bias': True,
   'change_qkv': True,
@@ -31,13 +42,19 @@ WANTED = {
   'scale': False,
 }
 
+Case = tuple[
+  supernet_lib.Supernet,
+  list[search_space.Architecture],
+  Mapping[str, np.ndarray],
+]
 
-def read_json(path):
+
+def read_json(path: str | pathlib.Path) -> dict:
   return json.loads(pathlib.Path(path).read_text())
 
 
-def load(prefix: str, execution: str):
-  """The supernet of a case, its subnets, and the case's arrays."""
+def load(prefix: str, execution: str) -> Case:
+  """The supernet of a case of logits, its subnets, and the case's arrays."""
   case = read_json(f'{prefix}.json')
   for flag, value in WANTED.items():
     if case.get(flag, value) != value:
@@ -57,32 +74,88 @@ def load(prefix: str, execution: str):
   return supernet, archs, arrays
 
 
-def state_dict(arrays):
-  """The case's PyTorch names and what they hold."""
+def state_dict(
+  arrays: Mapping[str, np.ndarray], prefix: str = 'param/'
+) -> dict[str, np.ndarray]:
+  """The arrays below a prefix by their PyTorch names."""
   return {
-    name.removeprefix('param/'): arrays[name]
-    for name in arrays.files
-    if name.startswith('param/')
+    name.removeprefix(prefix): arrays[name]
+    for name in arrays
+    if name.startswith(prefix)
   }
 
 
-def main(prefixes):
+def relative_error(found: ArrayLike, wanted: ArrayLike) -> float:
+  """The largest deviation over the largest number wanted.
+
+  Where only zeros are wanted: 0 if only zeros are found, else infinity.
+  """
+  deviation = float(np.abs(np.asarray(found) - wanted).max())
+  scale = float(np.abs(wanted).max())
+  return deviation / scale if scale else np.inf if deviation else 0.0
+
+
+def logit_errors(prefix: str, execution: str) -> Iterator[tuple[str, float]]:
+  """('logits', relative error) of each subnet of a case."""
+  supernet, archs, arrays = load(prefix, execution)
+  images = arrays['x'].transpose(0, 2, 3, 1)
+  apply = jax.jit(type(supernet).__call__)
+  for arch, wanted in zip(archs, arrays['logits'], strict=True):
+    yield 'logits', relative_error(apply(supernet, images, arch), wanted)
+
+
+def gradient_errors(prefix: str, execution: str) -> Iterator[tuple[str, float]]:
+  """(name, relative error) of the gradient of each parameter of each layer.
+
+  Names are those of our parameters; 'loss' is the loss itself.
+  """
+  small = pathlib.Path(prefix).with_name('parity_small')
+  supernet, archs, _ = load(str(small), execution)
+  arrays = np.load(f'{prefix}.npz')
+  images = arrays['x'].transpose(0, 2, 3, 1)
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss_and_gradient(supernet, arch):
+    return optax.softmax_cross_entropy_with_integer_labels(
+      supernet(images, arch), arrays['labels']
+    ).mean()
+
+  for i, item in enumerate(read_json(f'{prefix}.json')['items']):
+    arch = archs[item['parity_small_subnet']]
+    loss, gradient = loss_and_gradient(supernet, arch)
+    yield 'loss', relative_error(loss, item['loss'])
+    # Gradients are laid out like their parameters. Ours keep queries, keys and
+    # values apart, whose gradients differ by orders of magnitude.
+    wanted = autoformer.from_autoformer(
+      state_dict(arrays, f'grad{i}/'), supernet
+    )
+    wanted = layers.named_params(wanted)
+    for name, found in layers.named_params(gradient).items():
+      pair = found.get_value(), wanted[name].get_value()
+      stacked = name.startswith('blocks.')
+      for one, other in zip(*pair, strict=True) if stacked else [pair]:
+        yield name, relative_error(one, other)
+
+
+def main(prefixes: Sequence[str]) -> int:
   worst = 0.0
   for prefix in prefixes:
+    case = read_json(f'{prefix}.json')
+    errors = gradient_errors if 'items' in case else logit_errors
+    subnets = case.get('items') or case['subnets']
     for execution in supernet_lib.EXECUTIONS:
-      supernet, archs, arrays = load(prefix, execution)
-      images = arrays['x'].transpose(0, 2, 3, 1)
-      apply = jax.jit(type(supernet).__call__)
-      deviations = [
-        np.abs(apply(supernet, images, arch) - logits).max()
-        for arch, logits in zip(archs, arrays['logits'], strict=True)
-      ]
-      worst = max(worst, *deviations)
-      print(
-        f'{prefix}: {execution}: {len(archs)} subnets, '
-        f'largest deviation {max(deviations):.2e}'
-      )
-  return 1 if not worst <= TOLERANCE else 0
+      largest: dict[str, float] = {}
+      with jax.default_matmul_precision('float32'):
+        for name, error in errors(prefix, execution):
+          # A NaN is the largest of all.
+          largest[name] = float(np.maximum(largest.get(name, 0.0), error))
+      print(f'{prefix}: {execution}: {len(subnets)} subnets, relative errors')
+      for name, error in largest.items():
+        print(f'  {error:.1e}  {name}')
+      worst = float(np.max([worst, *largest.values()]))
+  print(f'largest: {worst:.1e}, wanted at most {TOLERANCE}')
+  return 0 if worst <= TOLERANCE else 1
 
 
 if __name__ == '__main__':

@@ -116,6 +116,22 @@ def test_files_that_are_none(tmp_path, monkeypatch):
   assert read(tmp_path / 'x.pth').startswith('wanted torch to read')
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float64', 'int32'])
+def test_reads_numbers_of_any_type_as_float32(dtype, tmp_path):
+  path = epath.Path(tmp_path) / 'x.safetensors'
+  array = np.array([[1, -2], [96, 0]], dtype)
+  path.write_bytes(safetensors.numpy.save({'w': array}))
+  found = autoformer.read(path)['w']
+  assert found.dtype == np.float32
+  np.testing.assert_array_equal(found, array.astype(np.float32))
+
+
+def test_refuses_what_is_no_number(tmp_path):
+  path = tmp_path / 'x.safetensors'
+  path.write_bytes(safetensors.numpy.save({'w': np.array([True])}))
+  assert "found BOOL under 'w'" in read(path)
+
+
 class Harmful:
   """Makes a directory when it is unpickled."""
 

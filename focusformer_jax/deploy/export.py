@@ -34,10 +34,11 @@ from focusformer_jax.training import experiment as experiment_lib
 ARTIFACT = 'model.jax_export'
 CARD = 'README.md'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-# Largest deviation of a logit from those of the network in memory.
+# Largest deviation from the logits of the network in memory, as a share of the
+# largest of those.
 TOLERANCE = 1e-5
 ONNX_TOLERANCE = 1e-4
-# Images that files are compared on.
+# Number of images that files are compared on.
 COMPARED = 16
 
 Classify = Callable[[np.ndarray], jax.Array]
@@ -91,12 +92,17 @@ def export(
   images = test.batch(np.arange(min(COMPARED, len(test))))['image']
   logits_BC = _classifier(recipe, network)(images)
 
-  def compare(file, found_BC, tolerance=TOLERANCE):
+  scale = float(np.abs(logits_BC).max())
+
+  def compare(
+    file: str, found_BC: np.ndarray, tolerance: float = TOLERANCE
+  ) -> None:
     deviation = float(np.abs(np.asarray(found_BC) - logits_BC).max())
-    if not deviation <= tolerance:
+    if not deviation <= tolerance * scale:
       raise errors.UserError(
-        f'{directory / file}: wanted the logits of the network to {tolerance}, '
-        f'found a deviation of {deviation:.2g}; do not use that file'
+        f'{directory / file}: wanted the logits of the network to {tolerance} '
+        f'of the largest, {scale:.2g}, found a deviation of {deviation:.2g}; '
+        'do not use that file'
       )
 
   for file in (*USE, CARD):  # Nothing of another network may stay.

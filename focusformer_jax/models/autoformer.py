@@ -257,25 +257,47 @@ def _prefix(name: str, array: np.ndarray | None, wanted: tuple[int, ...]):
   return array[tuple(map(slice, wanted))]
 
 
-def read(path: epath.Path) -> dict[str, np.ndarray]:
-  """A state dict from a `.safetensors` file, or a `.pth` file of tensors alone.
+# How types begin in safetensors files, and in NumPy.
+TYPES = {'F': 'float', 'BF': 'bfloat', 'I': 'int', 'U': 'uint'}
 
-  Nothing in a file is executed: of a `.pth` only tensors are taken, under
-  their names or, as AutoFormer saves them, under a key 'model' and nothing
-  else. That takes torch.
+
+def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
+  # `safetensors.numpy.load` knows no bfloat16.
+  try:
+    tensors = safetensors.deserialize(path.read_bytes())
+  except safetensors.SafetensorError as error:
+    raise errors.UserError(
+      f'wanted safetensors in {path}, found {errors.first_line(error)}'
+    ) from error
+  arrays = {}
+  for name, tensor in tensors:
+    parts = re.fullmatch('([A-Z]+)([0-9]+)', tensor['dtype'])
+    if not parts or parts[1] not in TYPES:
+      raise errors.UserError(
+        f'wanted floating-point numbers in {path}, found {tensor["dtype"]} '
+        f'under {name!r}'
+      )
+    dtype = np.dtype(f'{TYPES[parts[1]]}{parts[2]}')
+    array = np.frombuffer(tensor['data'], dtype).reshape(tensor['shape'])
+    arrays[name] = array.astype(np.float32)
+  return arrays
+
+
+def read(path: epath.Path) -> dict[str, np.ndarray]:
+  """Reads a state dict from a `.safetensors` or a `.pth` file, as float32.
+
+  Nothing in a file is executed. A `.pth` file takes torch to read; it must hold
+  nothing but tensors, either by name or, as AutoFormer saves them, below a key
+  'model'.
 
   Raises:
-    UserError: no such file, torch is missing, or there is more than tensors.
+    UserError: There is no such file, torch is missing, or the file holds
+      anything but tensors of numbers.
   """
   if not path.exists():
     raise errors.UserError(f'wanted a file of weights, found none at {path}')
   if path.suffix == '.safetensors':
-    try:
-      return safetensors.numpy.load(path.read_bytes())
-    except safetensors.SafetensorError as error:
-      raise errors.UserError(
-        f'wanted safetensors in {path}, found {errors.first_line(error)}'
-      ) from error
+    return _read_safetensors(path)
   try:
     import torch  # Only here.
   except ImportError as error:

@@ -417,6 +417,10 @@ class Stem(nnx.Module):
     return x + self.position.astype(x.dtype)
 
 
+# Inputs of the classifier: the mean of the patches, or the class token.
+POOLS = ('mean', 'cls')
+
+
 class Head(nnx.Module):
   """Tokens to logits: final norm, pooling, a dense layer."""
 

@@ -200,6 +200,8 @@ def load(directory: epath.Path) -> tuple[VisionTransformer, dict[str, Any]]:
     description = json.loads((directory / DESCRIPTION).read_text())
     arrays = safetensors.numpy.load((directory / WEIGHTS).read_bytes())
     geometry = search_space.Geometry(**description['geometry'])
+    if (pool := description['pool']) not in layers.POOLS:
+      raise ValueError(f'pool: wanted one of {layers.POOLS}, found {pool!r}')
     options = {key: description[key] for key in ('head_dim', 'pool', 'dtype')}
     network = jax.eval_shape(
       lambda: create(description, geometry, **options, rngs=nnx.Rngs(0))
