@@ -172,16 +172,46 @@ def test_reports_name_the_unit():
   assert line.split()[1:5] == ['1,200', '1', '2', '1,100']
 
 
-def test_profile_measures_a_table_that_budgets_can_be_searched_by(
-  tmp_path, capsys, monkeypatch
-):
-  devices = jax.devices()[:1]
+def known_times(space) -> cost.CostTable:
+  """Microseconds of a device that follows an additive table exactly."""
+  embed_E, heads_H, ratio_R = (
+    np.array(choices)
+    for choices in (space.embed_dim, space.num_heads, space.mlp_ratio)
+  )
+  return cost.CostTable(
+    name='latency',
+    label='microseconds',
+    depth=space.depth,
+    stem_E=100 + embed_E,
+    attention_EH=10 * heads_H + embed_E[:, None],
+    mlp_ER=np.int64(20 * ratio_R * embed_E[:, None]),
+  )
+
+
+@pytest.fixture
+def known_device(monkeypatch):
+  """Programs that take known times in place of compiled ones."""
+  devices, scale = jax.devices()[:1], [1]
   monkeypatch.setattr(jax, 'devices', lambda: devices)
+  monkeypatch.setattr(
+    latency,
+    'compile_networks',
+    lambda experiment, space, archs: [
+      known_times(space).of(arch) * scale[0] for arch in archs
+    ],
+  )
+  monkeypatch.setattr(
+    latency, 'measure', lambda programs, repeats: np.array(programs, float)
+  )
+  return scale
+
+
+def test_profile_writes_a_table_that_budgets_can_be_searched_by(
+  tmp_path, capsys, known_device
+):
   changes = {
     'data__dir': str(tmp_path / 'data'),
-    # A layer of a batch takes longer than the noise of a busy machine.
     'profile__batch_size': 32,
-    'profile__repeats': 9,
     'profile__networks': 3,
   }
   experiment = experiment_lib.create(parse(**changes))
@@ -195,14 +225,18 @@ def test_profile_measures_a_table_that_budgets_can_be_searched_by(
   printed = capsys.readouterr().out
   met = [line.split()[1] for line in printed.splitlines() if '%' in line][:2]
   assert met == ['no', 'yes']
-  assert 'rank correlation' in printed
+  assert 'rank correlation 1.000' in printed
   found = json.loads((workdir / 'profile/check.json').read_text())
   by_budget = [n for n in found['networks'] if n['budget'] is not None]
   assert (len(found['networks']), len(by_budget)) == (3 + 6, 6)
+  for network in found['networks']:
+    arch = experiment.space.from_json(network['architecture'])
+    assert network['measured'] == known_times(experiment.space).of(arch)
+    # Halves of layers are rounded one by one.
+    assert network['predicted'] == pytest.approx(network['measured'], abs=3)
   assert all(n['predicted'] <= n['budget'] for n in by_budget)
-  assert all(n['measured'] > 0 for n in found['networks'])
 
-  # What one machine measured, another searches by.
+  # A table that one machine measured serves the search on another.
   (path,) = (workdir / 'profile').glob('latency-*.json')
   carried = tmp_path / 'carried.json'
   path.rename(carried)
@@ -214,6 +248,26 @@ def test_profile_measures_a_table_that_budgets_can_be_searched_by(
   assert table.of(experiment.space.largest()) == table.maximum
   with pytest.raises(errors.UserError, match=r'budgets: .* microseconds'):
     experiment_lib.create(parse(search__budgets=(1,), **changes))
+
+
+def test_profile_refuses_layers_too_fast_to_count(tmp_path, known_device):
+  known_device[0] = 1e-3
+  with pytest.raises(errors.UserError, match=r'^config\.profile\.batch_size: '):
+    stages.run(parse(data__dir=str(tmp_path)), tmp_path / 'run', 'profile')
+
+
+def test_compiled_networks_are_timed(tmp_path):
+  experiment = experiment_lib.create(
+    parse(data__dir=str(tmp_path), profile__batch_size=2), jax.devices()[:1]
+  )
+  archs = [experiment.space.smallest()]
+  [program] = latency.compile_networks(experiment, experiment.space, archs)
+  assert program().shape == (2, 10)
+  calls = []
+  found = latency.measure([lambda: calls.append(0), program], repeats=3)
+  assert found.shape == (2,)
+  assert np.isfinite(found).all()
+  assert len(calls) == 2 * 3  # One call of each pair is not timed.
 
 
 def test_a_slow_spell_of_the_machine_is_taken_out():
