@@ -19,6 +19,7 @@ from focusformer_jax import command_line
 from focusformer_jax import config as config_lib
 from focusformer_jax import config_docs
 from focusformer_jax import errors
+from focusformer_jax import progress
 from focusformer_jax import stages
 from focusformer_jax.training import loop
 
@@ -65,21 +66,40 @@ def _parse_flags(argv: list[str]) -> list[str]:
   return rest
 
 
-def _log_our_lines_only():
-  """Information from this project and clu; from other libraries, warnings.
+class _Plain(python_logging.Formatter):
+  """A line for people: the time where there is no terminal, and the message."""
 
-  Orbax is silent: what goes wrong there is an error of our own.
+  def format(self, record: python_logging.LogRecord) -> str:
+    text = record.getMessage()
+    if record.levelno >= python_logging.WARNING:
+      text = f'{record.levelname.lower()}: {text}'
+    if not sys.stderr.isatty():
+      text = f'{self.formatTime(record, "%H:%M:%S")} {text}'
+    return text
+
+
+def _show_our_lines() -> None:
+  """Logs information of this project, and no more, as plain lines.
+
+  With `--verbosity=1` it logs more of it, and the information of libraries, in
+  absl's format.
   """
-
-  def of(record, *names):
-    return any(f'/{name}/' in record.pathname for name in names)
-
-  logging.set_verbosity(logging.INFO)
-  logging.get_absl_handler().addFilter(
-    lambda record: (
-      of(record, 'focusformer_jax', 'clu')
-      or (record.levelno > python_logging.INFO and not of(record, 'orbax'))
-    )
+  handler = logging.get_absl_handler()
+  handler.python_handler.setStream(progress.Lines())
+  python_logging.captureWarnings(True)
+  if flags.FLAGS['verbosity'].using_default_value:
+    logging.set_verbosity(logging.INFO)
+  package = os.path.dirname(stages.__file__)
+  rest = python_logging.INFO
+  if logging.get_verbosity() < logging.DEBUG:
+    # What goes wrong in a library is an error of ours, in one line.
+    rest = python_logging.CRITICAL
+    handler.setFormatter(_Plain())
+    # Of the C++ libraries, which read it when they first log.
+    os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+  handler.addFilter(
+    lambda record: record.pathname.startswith(package) or record.levelno >= rest
   )
 
 
@@ -120,7 +140,7 @@ def _keep_compiled_programs():
 def main(argv):
   if len(argv) > 1:
     sys.exit(f'error: wanted flags alone, found {argv[1]}')
-  _log_our_lines_only()
+  _show_our_lines()
   _keep_compiled_programs()
   _join_processes()
   try:

@@ -4,6 +4,7 @@ Only process 0 shows it.
 """
 
 import datetime
+import io
 import sys
 import time
 from types import TracebackType
@@ -22,6 +23,20 @@ SHORT = 2
 def duration(seconds: float) -> str:
   """Hours, minutes and seconds, such as 0:02:10."""
   return str(datetime.timedelta(seconds=round(seconds)))
+
+
+class Lines(io.TextIOBase):
+  """Standard error for whole lines, which go above a live line if one is shown.
+
+  Give it to log handlers.
+  """
+
+  def write(self, text: str) -> int:
+    tqdm.tqdm.write(text, file=sys.stderr, end='')
+    return len(text)
+
+  def flush(self) -> None:
+    sys.stderr.flush()
 
 
 class Progress:

@@ -1,5 +1,6 @@
 """Bad input gets one line that names the key, and nothing is written."""
 
+import re
 import subprocess
 import sys
 
@@ -83,3 +84,41 @@ app.run(main.main, flags_parser=main._parse_flags)
   assert done.returncode == 0, done.stderr
   last = done.stderr.strip().splitlines()[-1]
   assert last == 'stopped by SIGTERM at step 3; saved'
+
+
+@pytest.mark.parametrize('flag', ['', '--verbosity=1'])
+def test_command_shows_lines_of_this_project_alone(flag, tmp_path):
+  """Those of libraries, warnings too, come back with `--verbosity=1`."""
+  program = """
+import warnings
+from absl import app
+from absl import logging
+import main
+from focusformer_jax import progress
+
+def work(*args):
+  logging.warning('of a library')
+  warnings.warn('of Python')
+  with progress.Progress('training', 4, 'steps') as show:
+    show(2, 'loss 0.5', line=True)
+
+main.stages.run = work
+app.run(main.main, flags_parser=main._parse_flags)
+"""
+  flags = ['--config=configs/digits.py:smoke', f'--workdir={tmp_path}', flag]
+  done = subprocess.run(
+    [sys.executable, '-c', program, *filter(None, flags)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  if flag:
+    for text in ('of a library', 'of Python', 'training: 2 of 4 steps'):
+      assert text in done.stderr
+    return
+  (line,) = done.stderr.splitlines()
+  assert re.fullmatch(
+    r'\d\d:\d\d:\d\d training: 2 of 4 steps, .* left, loss 0.5', line
+  )

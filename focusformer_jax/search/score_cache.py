@@ -5,7 +5,6 @@ import json
 import time
 from typing import NamedTuple
 
-from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
@@ -118,8 +117,7 @@ class Scorer:
     evaluator: The compiled programs of that experiment.
     state: A training state, with the weights to score and the sampler.
     path: Path of the table of all scores; None keeps them in memory.
-    planned: The largest number of architectures that will be asked for, for
-      progress lines.
+    show: Shows how many architectures were asked for and scored.
 
   Raises:
     UserError: The table cannot be read.
@@ -131,7 +129,7 @@ class Scorer:
     evaluator: evaluate.Evaluator,
     state: state_lib.TrainState,
     path: epath.Path | None = None,
-    planned: int = 0,
+    show: progress.Progress | None = None,
   ):
     self.experiment = experiment
     self._evaluator = evaluator
@@ -141,8 +139,7 @@ class Scorer:
     }
     self._table = Table(path, fingerprint.of_scores(experiment, state))
     self._asked: set[str] = set()
-    self._planned, self._evaluations = planned, 0
-    self._scored, self._seconds, self._shown = 0, 0.0, time.monotonic()
+    self._show, self._evaluations = show, 0
     self.begin()
 
   def begin(self) -> None:
@@ -214,20 +211,6 @@ class Scorer:
         },
         int(self._state.step),
       )
-      self._scored += len(keys)
-      self._seconds += seconds
-      self._log_progress(len(missing))
+      if self._show is not None and split == 'heldout':
+        self._show(self._evaluations - len(missing))
     return [rows[split, self.name(arch)].score for arch in archs]
-
-  def _log_progress(self, missing: int) -> None:
-    """Logs an upper bound on the time left, at most once in a while."""
-    left = self._planned - self._evaluations + missing
-    waited = time.monotonic() - self._shown
-    if left > 0 and waited > progress.SECONDS_BETWEEN_LINES:
-      self._shown = time.monotonic()
-      logging.info(
-        'search: %d of at most %d subnets, at most %s left',
-        self._planned - left,
-        self._planned,
-        progress.duration(left * self._seconds / self._scored),
-      )

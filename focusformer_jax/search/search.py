@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from focusformer_jax import atomic_files
+from focusformer_jax import progress
 from focusformer_jax.search import answers
 from focusformer_jax.search import fingerprint
 from focusformer_jax.search import methods
@@ -41,12 +42,8 @@ def search(
   that were known beforehand is added.
   """
   options, budgets = experiment.settings.search, experiment.search_budgets
-  scorer = score_cache.Scorer(
-    experiment,
-    evaluator,
-    state,
-    workdir / SCORES,
-    methods.most(options, len(budgets)),
+  logging.info(
+    'searching by %s, for %d budgets', ', '.join(options.method), len(budgets)
   )
   timing = {
     'compile_seconds': evaluator.compile(
@@ -54,28 +51,33 @@ def search(
     )
   }
   found, counts = [], {}
-  for method in options.method:
-    scorer.begin()
-    start = time.monotonic()
-    chosen = methods.ask(method, scorer, budgets)
-    seconds = time.monotonic() - start + scorer.counts.saved
-    timing[f'{method}_seconds'] = seconds
-    timing[f'{method}_seconds_per_budget'] = seconds / len(budgets)
-    counts[method] = {
-      'evaluations': scorer.counts.evaluations,
-      'new': scorer.counts.new,
-    }
-    found += [
-      (method, budget, answer)
-      for budget, answer in zip(budgets, chosen, strict=True)
-    ]
-    logging.info(
-      '%s: %d subnets asked for, %d of them new, %.3g s',
-      method,
-      scorer.counts.evaluations,
-      scorer.counts.new,
-      seconds,
+  most = methods.most(options, len(budgets))
+  with progress.Progress('searching', most, 'subnets') as show:
+    scorer = score_cache.Scorer(
+      experiment, evaluator, state, workdir / SCORES, show
     )
+    for method in options.method:
+      scorer.begin()
+      start = time.monotonic()
+      chosen = methods.ask(method, scorer, budgets)
+      seconds = time.monotonic() - start + scorer.counts.saved
+      timing[f'{method}_seconds'] = seconds
+      timing[f'{method}_seconds_per_budget'] = seconds / len(budgets)
+      counts[method] = {
+        'evaluations': scorer.counts.evaluations,
+        'new': scorer.counts.new,
+      }
+      found += [
+        (method, budget, answer)
+        for budget, answer in zip(budgets, chosen, strict=True)
+      ]
+      logging.info(
+        '%s: %d subnets asked for, %d of them new, %.3g s',
+        method,
+        scorer.counts.evaluations,
+        scorer.counts.new,
+        seconds,
+      )
   table, space = experiment.cost_bins.table, experiment.space
   found += [
     (name, table.of(arch), answers.Answer(arch, 0))
