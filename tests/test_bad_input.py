@@ -49,7 +49,7 @@ def complaint(key, call, *arguments) -> str:
     ('config.mesh', {'mesh__data': 5}),
     ('config.data.batch_size', {'data__batch_size': 4}),
     ('config.sampler.bins', {'sampler__bins': 2}),
-    ('config.space', {'space__embed_dim': (24, 1_000_003)}),
+    ('config.sampler.cost', {'space__embed_dim': (24, 1_000_003)}),
     ('config.search.budgets', {'search__budgets': (10.0,)}),
     ('config.supernet.patch_size', {'supernet__patch_size': 5}),
   ],

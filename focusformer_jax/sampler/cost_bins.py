@@ -67,9 +67,9 @@ class CostBins:
     unit, depth_D = self.table.unit, np.array(self.table.depth, np.int64)
     if self.table.maximum // unit >= 2**31:
       raise ValueError(
-        f'cost: wanted at most {2**31 - 1:,} units of {unit:,} '
+        f'cost: wanted one of at most {2**31 - 1:,} units of {unit:,} '
         f'{self.table.label}, found {self.table.maximum // unit:,}; choose '
-        'widths with a larger common divisor'
+        'another cost, or widths in config.space with a larger common divisor'
       )
     stem_E = self.table.stem_E // unit
     halves = (self.table.attention_EH // unit, self.table.mlp_ER // unit)

@@ -304,12 +304,13 @@ def create(settings: config_lib.Settings, devices=None) -> Experiment:
     checkpoint.wait_for_all(f'{settings.data.name} is prepared by {turn}')
   dataset = datasets.open_dataset(settings.data, settings.augment.resized_crop)
   experiment = Experiment(settings, dataset, mesh)
+  bins = experiment.cost_bins
   wanted = [('search.budgets', b) for b in settings.search.budgets]
   if settings.extract.budget:
     wanted.append(('extract.budget', settings.extract.budget))
   for key, budget in wanted:
     try:
-      experiment.cost_bins.bound(budget)
+      bins.bound(budget)
     except ValueError as error:
       raise errors.UserError(f'config.{key}: {error}') from error
   _ = experiment.extract_architecture  # Says what is wrong with it.
