@@ -7,7 +7,7 @@ from focusformer_jax import sharding
 from focusformer_jax.training import checkpoint
 
 
-def test_checksums_see_every_bit_but_not_the_sharding():
+def test_checksums_depend_on_every_bit_but_not_on_the_sharding():
   mesh = sharding.make_mesh(4, 2)
   array = np.arange(24, dtype=np.float32).reshape(8, 3) / 7
   wanted = checkpoint._checksums([array, np.bool_(True)])

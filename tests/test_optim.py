@@ -1,4 +1,4 @@
-"""What the optimizer does, by numbers that follow from its settings."""
+"""Optimizers and updates, by numbers that follow from their settings."""
 
 import dataclasses
 

@@ -35,7 +35,9 @@ def assert_equal(one, other):
     assert np.array_equal(a, b)
 
 
-def test_resumes_bit_for_bit(experiment, evaluator, tmp_path, monkeypatch):
+def test_training_resumes_bit_for_bit(
+  experiment, evaluator, tmp_path, monkeypatch
+):
   undisturbed = train.train(experiment, evaluator, tmp_path / 'whole')
 
   put_batch, batches = sharding.put_batch, []
@@ -99,7 +101,7 @@ def one_device(tfds_dir):
 
 
 @pytest.mark.parametrize('shape', [(8, 1), (4, 2), (2, 4)])
-def test_meshes_agree_with_one_device(tfds_dir, one_device, shape):
+def test_training_on_meshes_agrees_with_one_device(tfds_dir, one_device, shape):
   experiment = mesh_experiment(
     tfds_dir, mesh__data=shape[0], mesh__fsdp=shape[1]
   )
@@ -147,7 +149,7 @@ def test_gigamacs_count_every_pass(tfds_dir, distillation, teacher):
   np.testing.assert_allclose(state.gigamacs, 3 * forward / 1e9, rtol=1e-6)
 
 
-def test_attentive_counts_its_candidates(tfds_dir):
+def test_gigamacs_count_the_candidates_of_attentive(tfds_dir):
   experiment = experiment_lib.create(
     smoke_settings(tfds_dir, curriculum__name='attentive'), jax.devices()[:1]
   )
@@ -161,7 +163,7 @@ def test_attentive_counts_its_candidates(tfds_dir):
   assert table.minimum < scored < table.maximum
 
 
-def test_every_option_of_the_optimizer_trains_and_restores(tfds_dir, tmp_path):
+def test_optimizer_options_train_and_restore(tfds_dir, tmp_path):
   options = {
     'optimizer__ema': 0.9,
     'optimizer__accumulate': 2,
@@ -186,7 +188,7 @@ def test_every_option_of_the_optimizer_trains_and_restores(tfds_dir, tmp_path):
     assert_equal(checkpoints.restore(experiment.abstract_state), state)
 
 
-def test_many_architectures_are_one_compilation(experiment, evaluator):
+def test_scoring_compiles_once_for_all_architectures(experiment, evaluator):
   state = experiment.init_state()
   source = experiment.dataset.split('heldout')
   before = evaluator._step._cache_size()
@@ -203,7 +205,7 @@ def test_many_architectures_are_one_compilation(experiment, evaluator):
     assert table.of(proposal.arch) <= budget
 
 
-def test_scoring_sends_a_batch_before_it_fetches_the_last(
+def test_scoring_sends_a_batch_before_it_fetches_the_previous(
   experiment, monkeypatch
 ):
   """The devices would idle while the host reads the next batch."""
@@ -227,7 +229,7 @@ def test_scoring_sends_a_batch_before_it_fetches_the_last(
   assert events[:2] == ['send', 'send']
 
 
-def test_non_finite_updates_are_skipped_and_stop_the_run(
+def test_training_stops_after_updates_that_are_not_finite(
   tfds_dir, tmp_path, monkeypatch
 ):
   experiment = experiment_lib.create(
@@ -246,7 +248,7 @@ def test_non_finite_updates_are_skipped_and_stop_the_run(
     train.train(experiment, evaluate.Evaluator(experiment), tmp_path)
 
 
-def test_sigterm_ends_the_step_in_hand_and_saves(
+def test_sigterm_finishes_the_step_and_saves(
   experiment, evaluator, trained, tmp_path, monkeypatch
 ):
   put_batch, batches = sharding.put_batch, []
@@ -270,9 +272,7 @@ def test_sigterm_ends_the_step_in_hand_and_saves(
 
 # Tensorstore goes on in a loop that Orbax has closed.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-def test_a_full_disk_leaves_the_checkpoint_before(
-  experiment, trained, tmp_path
-):
+def test_checkpoint_before_a_full_disk_survives(experiment, trained, tmp_path):
   shutil.copytree(trained / 'checkpoints', tmp_path / 'checkpoints')
   streams = train.open_streams(experiment)
   limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     checkpoints.restore(experiment.abstract_state, streams)
 
 
-def test_a_spike_of_the_loss_is_logged(monkeypatch):
+def test_loss_spike_is_logged(monkeypatch):
   lines = []
   monkeypatch.setattr(loop.logging, 'warning', lambda *a: lines.append(a))
   losses = [{'train/loss': loss} for loss in (1.0, 3.0, 1.5)]
@@ -305,7 +305,7 @@ def test_a_spike_of_the_loss_is_logged(monkeypatch):
   assert [line[1:] for line in lines] == [(9, 3.0, 0.5)]
 
 
-def test_nans_are_found_where_they_come_from(tfds_dir, tmp_path, monkeypatch):
+def test_debug_nans_names_the_operation(tfds_dir, tmp_path, monkeypatch):
   experiment = experiment_lib.create(
     smoke_settings(tfds_dir, debug__nans=True), devices=jax.devices()[:1]
   )

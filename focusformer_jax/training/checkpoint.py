@@ -1,11 +1,12 @@
-"""Checkpoints: one value that holds all a resumed run needs.
+"""Checkpoints: one value that holds everything a resumed run needs.
 
-The only module that imports Orbax. A checkpoint is the training state under
-readable names, and beside it the position in every stream of batches and the
-facts (seed, data, space, geometry) that decide whether it fits a run at all:
-Orbax can half-load a checkpoint of another depth without an error, so these
-are compared first. Checksums of all arrays are compared last: the files have
-none of their own, and a changed bit in them would pass for a weight.
+This is the only module that imports Orbax. A checkpoint holds the training
+state under readable names, the position in every stream of batches, and the
+facts (seed, data, space, geometry) that decide whether it fits a run at all.
+Facts are compared first, because Orbax can load a part of a checkpoint of
+another depth without an error. Checksums of all arrays are compared last,
+because the files have none of their own, and a flipped bit would pass for a
+weight.
 """
 
 import asyncio
@@ -33,10 +34,10 @@ Tree = TypeVar('Tree')
 
 
 def claim(workdir: epath.Path) -> None:
-  """Makes the working directory if need be.
+  """Creates the working directory if it does not exist.
 
   Raises:
-    UserError: it cannot be written, or the processes do not share it.
+    UserError: It cannot be written, or the processes do not share it.
   """
   number = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31)))
   probe, problem = workdir / f'.probe_{number}', None
@@ -63,10 +64,10 @@ def claim(workdir: epath.Path) -> None:
 
 
 def wait_for_all(name: str) -> None:
-  """Waits for all processes, up to an hour; once under each name.
+  """Waits for all processes, for up to an hour; each name serves once.
 
-  Collectives on CPUs give up after half a minute, and processes may compile
-  for longer than that, or find a program in the cache that others do not.
+  Collectives on CPUs time out after half a minute. A process may compile for
+  longer than that, while another finds the program in its cache.
   """
   if jax.process_count() > 1:
     barrier = ocp.multihost.sync_global_processes(
@@ -75,7 +76,7 @@ def wait_for_all(name: str) -> None:
     asyncio.run(barrier)
 
 
-def _abstract(leaf) -> jax.ShapeDtypeStruct:
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
@@ -83,8 +84,8 @@ def _abstract(leaf) -> jax.ShapeDtypeStruct:
 def _checksums(arrays: list[jax.Array]) -> UInt32[Array, 'A']:
   """A number for each array that changes with any of its bits.
 
-  The sum of its numbers, read as whole ones and times odd weights, modulo 2^32:
-  the same however an array is sharded.
+  It is the sum modulo 2^32 of the array's entries, read as integers, times odd
+  weights. It does not depend on the sharding.
   """
 
   def checksum(array):
@@ -109,7 +110,7 @@ def checksums(state: Tree) -> dict[str, int]:
   )
 
 
-def _crc32(notes) -> int:
+def _crc32(notes: Any) -> int:
   return zlib.crc32(json.dumps(notes, sort_keys=True).encode())
 
 
@@ -117,11 +118,10 @@ class Checkpoints:
   """The checkpoints of one working directory.
 
   Args:
-    directory: of the checkpoints; made when the first is saved.
+    directory: Where the checkpoints are; created with the first one.
     facts: JSON values that a checkpoint must share with this run.
-    keep: how many of the newest stay on disk.
-    tidy: whether to remove what a killed run has left half written; only for
-      the one that writes.
+    keep: Number of the newest checkpoints that stay on disk.
+    tidy: Whether to delete incomplete checkpoints; only the writer may.
   """
 
   def __init__(
@@ -136,7 +136,7 @@ class Checkpoints:
     self._facts = json.loads(json.dumps(facts))
     self._orbax = ocp.training.Checkpointer(
       self.directory,
-      # Whether to save is decided by the training loop alone.
+      # Only the training loop decides when to save.
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
         1
       ),
@@ -146,22 +146,29 @@ class Checkpoints:
 
   @property
   def latest_step(self) -> int | None:
+    """Step of the newest checkpoint, if there is one."""
     latest = self._orbax.latest
     return None if latest is None else latest.step
 
   @property
   def newest(self) -> str:
-    """The newest checkpoint in words."""
+    """Path of the newest checkpoint, or 'none'."""
     step = self.latest_step
     return 'none' if step is None else str(self.directory / str(step))
 
   def save(
     self, step: int, state: Tree, streams: Mapping[str, batches_lib.Batches]
   ) -> None:
-    """Starts to write a checkpoint in the background; call before `next`.
+    """Starts to write a checkpoint in the background.
+
+    Args:
+      step: Number of the step.
+      state: The training state.
+      streams: Streams of batches, whose positions are saved; take the next
+        batch after this call.
 
     Raises:
-      UserError: this one, or the one before, cannot be written.
+      UserError: This checkpoint, or the one before, cannot be written.
     """
     if step == self.latest_step:
       return
@@ -179,10 +186,10 @@ class Checkpoints:
       )
 
   def wait(self) -> None:
-    """Returns when the checkpoint in hand is written.
+    """Waits until the checkpoint in progress is written.
 
     Raises:
-      UserError: it cannot be.
+      UserError: It cannot be written.
     """
     with self._writing():
       self._orbax.wait()
@@ -191,7 +198,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, *exception) -> None:
-    """Waits for the checkpoint in hand, also when training was interrupted."""
+    """Waits for the checkpoint in progress, also after an interruption."""
     with self._writing():
       self._orbax.close()
 
@@ -213,15 +220,15 @@ class Checkpoints:
     streams: Mapping[str, batches_lib.Batches] | None = None,
     step: int | None = None,
   ) -> Tree:
-    """The newest checkpoint, with the structure and shardings of `state`.
+    """Reads a checkpoint, with the structure and shardings of `state`.
 
     Args:
-      state: what to restore, or only a part of what was saved.
-      streams: set to where they were.
-      step: another checkpoint than the newest.
+      state: Shapes and shardings of the state, or of a part of it.
+      streams: Streams of batches, which are set to their saved positions.
+      step: Which checkpoint; None for the newest.
 
     Raises:
-      UserError: there is none, it is of another run, or cannot be read.
+      UserError: There is none, it is of another run, or it cannot be read.
     """
     step = self.latest_step if step is None else step
     if step is None:

@@ -1,4 +1,4 @@
-"""One run's fixed parts, made from its settings: what steps close over."""
+"""The fixed parts of a run, made from its settings; steps close over them."""
 
 import dataclasses
 import functools
@@ -31,7 +31,13 @@ from focusformer_jax.training import state as state_lib
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-  """Settings, data set and everything that follows from the two."""
+  """Settings, data set and everything that follows from the two.
+
+  Args:
+    settings: The checked configuration.
+    dataset: The data set that it names.
+    mesh: The devices.
+  """
 
   settings: config_lib.Settings
   dataset: datasets.Dataset
@@ -43,7 +49,7 @@ class Experiment:
 
   @property
   def recipe(self) -> config_lib.Augment:
-    """What happens on the device: encoded images arrive cropped."""
+    """Augmentation on the device, where encoded images arrive cropped."""
     recipe = self.settings.augment
     if self.dataset.encoded:
       return dataclasses.replace(recipe, resized_crop=None)
@@ -78,7 +84,7 @@ class Experiment:
 
   @property
   def latency_facts(self) -> dict[str, Any]:
-    """What a latency table is of, and must agree with."""
+    """Facts that a latency table must share with this run."""
     return {
       'batch_size': self.settings.profile.batch_size,
       'dtype': self.settings.supernet.dtype,
@@ -88,7 +94,7 @@ class Experiment:
 
   @functools.cached_property
   def cost_bins(self) -> cost_bins.CostBins:
-    """The cost that budgets bound."""
+    """The cost that budgets limit, in bins."""
     sampler = self.settings.sampler
     try:
       return cost_bins.CostBins(self.tables[sampler.cost], sampler.bins)
@@ -97,7 +103,7 @@ class Experiment:
 
   @property
   def search_budgets(self) -> tuple[int, ...]:
-    """The configured budgets, or six that span the range evenly in its log.
+    """The configured budgets, or six that divide the log of the range evenly.
 
     The lowest default is 20% above the smallest subnet, or more where that
     would leave no second subnet to choose.
@@ -111,13 +117,13 @@ class Experiment:
 
   @functools.cached_property
   def extract_architecture(self) -> search_space.Architecture | None:
-    """What `config.extract.architecture` describes; None if it is empty."""
+    """The architecture that `config.extract.architecture` names, if any."""
     if not self.settings.extract.architecture:
       return None
     path = epath.Path(self.settings.extract.architecture)
     try:
       values = json.loads(path.read_text())
-      if isinstance(values, dict):  # Files of networks say more than that.
+      if isinstance(values, dict):  # The files of networks hold more keys.
         names = search_space.Architecture._fields
         values = {name: values[name] for name in names if name in values}
       return self.space.from_json(values)
