@@ -30,22 +30,27 @@ def is_param(node: Any) -> bool:
   return isinstance(node, nnx.Variable)
 
 
-def named_leaves(
+def _named(
   tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> dict[str, Any]:
-  """Leaves by the names that files have, such as `supernet.blocks.mlp.up`."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
   return {
-    jax.tree_util.keystr(path, simple=True, separator='.').removesuffix(
-      '.value'
-    ): leaf
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
     for path, leaf in leaves
+  }
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+  """Leaves by the names that files have, such as `supernet.blocks.mlp.up`."""
+  # The array in a parameter is its attribute `value`.
+  return {
+    name.removesuffix('.value'): leaf for name, leaf in _named(tree).items()
   }
 
 
 def named_params(module: nnx.Module) -> dict[str, nnx.Variable]:
   """Parameters by name, such as `blocks.0.mlp.up`."""
-  return named_leaves(module, is_param)
+  return _named(module, is_param)
 
 
 def matmul_precision(
