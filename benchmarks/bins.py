@@ -1,4 +1,4 @@
-"""How much of a budget is lost to counting costs in bins.
+"""Measures how much of a budget is lost by counting costs in bins.
 
   python benchmarks/bins.py
 
