@@ -44,12 +44,12 @@ from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
-import tensorflow as tf
 
 from configs import digits
 from focusformer_jax import config as config_lib
 from focusformer_jax import sharding
 from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import metrics
 from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import train
 
@@ -151,14 +151,8 @@ def run(processes: int, devices: int, *command: str) -> str:
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:
   """Training losses by step, read from the run's metrics."""
-  found = {}
-  paths = sorted(map(str, (workdir / 'metrics').glob('events*')))
-  for record in tf.data.TFRecordDataset(paths) if paths else ():
-    event = tf.compat.v1.Event.FromString(record.numpy())
-    for value in event.summary.value:
-      if value.tag == 'train/loss':
-        found[event.step] = float(tf.make_ndarray(value.tensor))
-  return found
+  curves = metrics.read(epath.Path(workdir / 'metrics'))
+  return dict(curves.get('train/loss', ()))
 
 
 def results(workdir: pathlib.Path) -> dict:
@@ -291,9 +285,7 @@ def preemption(folder: pathlib.Path) -> bool:
   for victim in (0, 1):
     shutil.rmtree(stopped, ignore_errors=True)
     started = start(2, 2, *command, f'--workdir={stopped}')
-    while not any(
-      path.stat().st_size > 1000 for path in stopped.glob('metrics/events*')
-    ):
+    while not losses(stopped):
       time.sleep(0.1)
     started[victim].send_signal(signal.SIGTERM)
     ended = finish(started)

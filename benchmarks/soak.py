@@ -58,7 +58,7 @@ JOB = {
 OUTPUTS = ('results.json', 'subnet/model.safetensors')
 
 # Log lines that mark the beginning of a phase.
-TRAINING, SEARCHING = 'compiled sampler_step', 'sampler: 0 subnets'
+TRAINING, SEARCHING = 'training: steps', 'subnets asked for'
 
 
 class Life:
