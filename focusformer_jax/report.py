@@ -1,4 +1,4 @@
-"""Tables, plots and one HTML page about a run, from what is on disk."""
+"""Tables, plots and one HTML page about a run, from its files."""
 
 import base64
 import html
@@ -15,6 +15,7 @@ import numpy as np
 
 from focusformer_jax import atomic_files
 from focusformer_jax import text_table
+from focusformer_jax.search import methods
 from focusformer_jax.training import metrics
 
 COLUMNS = (
@@ -36,14 +37,6 @@ HEADINGS = {
 }
 
 
-STYLES = {
-  'sampler': dict(marker='o', color='tab:blue', zorder=4),
-  'evolution': dict(marker='^', color='tab:green', linestyle='-.'),
-  'nsga2': dict(marker='D', color='tab:purple', linestyle=':'),
-  'random': dict(marker='s', color='tab:orange', linestyle='--'),
-}
-
-
 COSTS = {
   'macs': 'MACs of one image',
   'params': 'parameters',
@@ -56,7 +49,7 @@ def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _cells(results: dict[str, Any]) -> list[list[str]]:
-  """The table of budgets: its headings, then its rows."""
+  """The headings of the table of budgets, then its rows."""
   rows = _rows(results)
   columns = [(name, form) for name, form in COLUMNS if name in rows[0]]
   headings = dict(HEADINGS)
@@ -73,7 +66,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def pareto_plot(results: dict[str, Any]) -> figure_lib.Figure:
-  """Test accuracy over cost, a line a method."""
+  """Test accuracy over cost, one line per method."""
   rows = _rows(results)
   cost = rows[0]['cost']
   figure = figure_lib.Figure(figsize=(7, 5), layout='constrained')
@@ -85,7 +78,10 @@ def pareto_plot(results: dict[str, Any]) -> figure_lib.Figure:
       if row['method'] == method
     )
     label = f'{method}, {counts["evaluations"]:,} subnets scored'
-    axes.plot(*zip(*points, strict=True), label=label, **STYLES[method])
+    # Results may have a method that is no longer in the registry.
+    known = methods.METHODS.get(method)
+    style = known.style if known else {'marker': '.'}
+    axes.plot(*zip(*points, strict=True), label=label, **style)
   for row in rows:
     if row['method'] in ('smallest', 'largest'):
       point = row[cost], 100 * row['test_accuracy']
@@ -110,8 +106,8 @@ def pareto_plot(results: dict[str, Any]) -> figure_lib.Figure:
   return figure
 
 
-def _short_ticks(axis):
-  """Of a logarithmic axis."""
+def _short_ticks(axis: matplotlib.axis.Axis) -> None:
+  """Labels a logarithmic axis at 1, 2 and 5, with letters for thousands."""
   axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
   axis.set_minor_locator(ticker.NullLocator())
   axis.set_major_formatter(_short)
@@ -121,16 +117,16 @@ _short = ticker.EngFormatter(places=1, sep='')
 
 
 def curve_plots(curves: metrics.Curves) -> dict[str, figure_lib.Figure]:
-  """What training logged, a plot for each kind of metric that is there."""
+  """One plot for each kind of metric that training logged."""
   budgets = sorted(
     {int(m[1]) for name in curves if (m := re.match(r'budget_(\d+)/', name))}
   )
 
-  def per_budget(metric):
+  def per_budget(metric: str) -> metrics.Curves:
     lines = {_short(b): curves.get(f'budget_{b}/{metric}') for b in budgets}
     return {label: points for label, points in lines.items() if points}
 
-  def one(name):
+  def one(name: str) -> metrics.Curves:
     return {'': curves[name]} if name in curves else {}
 
   wanted = {
@@ -138,7 +134,7 @@ def curve_plots(curves: metrics.Curves) -> dict[str, figure_lib.Figure]:
     'heldout': ('held-out accuracy', per_budget('heldout_accuracy')),
     'reward': ("the sampler's reward", one('sampler/reward')),
     'entropy': ("the sampler's entropy, nats", per_budget('entropy')),
-    'cost': ('cost of what it decodes', per_budget('cost')),
+    'cost': ('cost of the decoded architecture', per_budget('cost')),
   }
   plots = {}
   for name, (title, lines) in wanted.items():
@@ -163,11 +159,12 @@ def curve_plots(curves: metrics.Curves) -> dict[str, figure_lib.Figure]:
 
 
 def policy_plots(policy: dict[str, Any]) -> dict[str, figure_lib.Figure]:
-  """The probability of each choice, given each budget, as heat maps.
+  """Heat maps of the probability of each choice, conditioned on the budget.
 
-  Depth and width are choice by budget, and beside that the share of each in
-  training. Heads and MLP ratio are layer by choice, a map a budget, where a
-  row sums to the probability that the layer is alive.
+  The maps of depth and width have a column for each budget, and a last one for
+  the share of each choice in training. Heads and MLP ratio have a map for each
+  budget, of layers by choices, where a row sums to the probability that the
+  layer is alive.
   """
   budgets = policy['budgets']
   labels = [_short(b['budget']) for b in budgets]
@@ -248,7 +245,7 @@ th:first-child, td:first-child, .text {{ text-align: left; }}
 
 
 def _html_table(rows: list[list[str]]) -> str:
-  """The first row has the headings; numbers to the right."""
+  """A table whose first row has the headings; numbers are right-aligned."""
   head, *rows = rows
   texts = ('subnet', 'value')
   kinds = [' class="text"' if title in texts else '' for title in head]
@@ -282,8 +279,10 @@ def _describe(architecture: dict[str, Any]) -> str:
   )
 
 
-def _methods(results, timing) -> list[list[str]]:
-  rows = [['method', 'subnets scored', 'new', 'seconds', 'a budget']]
+def _methods(
+  results: dict[str, Any], timing: dict[str, float]
+) -> list[list[str]]:
+  rows = [['method', 'subnets scored', 'new', 'seconds', 'per budget']]
   return rows + [
     [
       method,
@@ -296,8 +295,8 @@ def _methods(results, timing) -> list[list[str]]:
   ]
 
 
-def _decoded(policy) -> list[list[str]]:
-  rows = [['budget', 'decoded', 'of it', 'entropy', 'within 1%', 'subnet']]
+def _decoded(policy: dict[str, Any]) -> list[list[str]]:
+  rows = [['budget', 'decoded', 'of budget', 'entropy', 'within 1%', 'subnet']]
   return rows + [
     [
       f'{row["budget"]:,}',
@@ -312,7 +311,7 @@ def _decoded(policy) -> list[list[str]]:
 
 
 def _flat(values: dict[str, Any], prefix: str = '') -> list[list[str]]:
-  """Keys with dots, and values."""
+  """Rows of dotted keys and JSON values."""
   rows = []
   for key, value in values.items():
     if isinstance(value, dict):
@@ -320,6 +319,18 @@ def _flat(values: dict[str, Any], prefix: str = '') -> list[list[str]]:
     else:
       rows.append([f'{prefix}{key}', json.dumps(value)])
   return rows
+
+
+def _configuration(
+  config: dict[str, Any], results: dict[str, Any]
+) -> list[list[str]]:
+  """Rows of keys and values: those of the training, or else of the search."""
+  rows = dict(_flat(config | {'search': results['search']}))
+  searched = results.get('fingerprint', {})
+  for key in ('data.test', 'supernet.dtype', 'sampler.cost', 'sampler.bins'):
+    if key in searched:
+      rows[key] = json.dumps(searched[key])
+  return [list(row) for row in rows.items()]
 
 
 FILES = {
@@ -332,21 +343,22 @@ FILES = {
 
 
 def _page(found: dict[str, Any], plots: dict[str, bytes]) -> str:
-  """The HTML page; what is not on disk is left out."""
+  """The HTML page, without the parts whose files are missing."""
   results, parts = found['results'], []
 
-  def part(title, *pieces):
+  def part(title: str, *pieces: str) -> None:
     parts.extend([f'<h2>{title}</h2>', *pieces])
 
-  def pick(*names):
+  def pick(*names: str) -> str:
     return _html_plots({name: plots[name] for name in names if name in plots})
 
   headings, *cells = _cells(results)
   subnets = [_describe(row['architecture']) for row in _rows(results)]
   part(
     'Accuracy within a budget',
-    '<p>Every point is a subnet of one supernet, with the weights it inherits. '
-    'Methods choose by held-out images; test images choose nothing.</p>',
+    '<p>Each point is one subnet, evaluated with weights inherited from the '
+    'same supernet. All methods choose by held-out loss; test images are '
+    'scored once, for this table.</p>',
     pick('pareto'),
     _html_table(
       [
@@ -357,16 +369,19 @@ def _page(found: dict[str, Any], plots: dict[str, bytes]) -> str:
   )
   if 'timing' in found:
     part(
-      'What the answers took',
-      '<p>Subnets that a method had scored, those among them that no method '
-      'before it had, and seconds once everything is compiled.</p>',
+      'Cost of the search',
+      '<p>Subnets that each method scored, how many of them no earlier method '
+      'had scored, and the seconds that the method takes by itself, for all '
+      'budgets together, once everything is compiled.</p>',
       _html_table(_methods(results, found['timing'])),
     )
   if 'policy' in found:
     part(
-      'What the sampler learned',
-      '<p>Probabilities are exact, and given the budget. A layer with less '
-      'than all of it in its row is dead in some subnets.</p>',
+      'The sampler',
+      '<p>The table shows the architecture that the sampler decodes for each '
+      'budget. All probabilities are exact and conditioned on the budget. A '
+      'row of heads or MLP ratios sums to the probability that the layer is '
+      'alive.</p>',
       _html_table(_decoded(found['policy'])),
       pick('depth_and_width', 'num_heads', 'mlp_ratio'),
     )
@@ -374,19 +389,24 @@ def _page(found: dict[str, Any], plots: dict[str, bytes]) -> str:
     part('Training', pick('loss', 'heldout', 'reward', 'entropy', 'cost'))
   if 'environment' in found:
     rows = _flat(found['environment'])
-    part('Environment', _html_table([['what', 'value'], *rows]))
+    part('Environment', _html_table([['item', 'value'], *rows]))
   if 'config' in found:
-    rows = _flat(found['config'] | {'search': results['search']})
-    part('Configuration', _html_table([['key', 'value'], *rows]))
+    part(
+      'Configuration',
+      '<p>Training and search had these values.</p>',
+      _html_table(
+        [['key', 'value'], *_configuration(found['config'], results)]
+      ),
+    )
   title = html.escape(f'{results["data"]}, step {results["checkpoint_step"]}')
   return PAGE.format(title=title, body='\n'.join(parts))
 
 
 def report(workdir: epath.Path) -> str:
-  """Writes tables, plots and the page, and returns the table.
+  """Writes the report of a run and returns its table.
 
-  They are `table.txt`, `pareto.png`, `report.html`, which needs no other file,
-  and its parts: the other plots as `report/*.png`, all numbers as
+  The files are `table.txt`, `pareto.png`, `report.html`, which needs no other
+  file, and its parts: all plots as `report/*.png`, all numbers as
   `report/report.json`.
   """
   found = {

@@ -81,6 +81,25 @@ def test_the_page_says_what_is_on_disk(workdir, page, experiment):
   assert found['policy']['checkpoint_step'] == 0
 
 
+def test_page_shows_the_cost_of_the_search_not_of_the_training(workdir):
+  found = json.loads((workdir / 'report/report.json').read_text())
+  results = found['results']
+  assert results['fingerprint']['sampler.cost'] == 'macs'
+  results['fingerprint']['sampler.cost'] = 'params'
+  rows = dict(report._configuration(found['config'], results))
+  assert rows['sampler.cost'] == '"params"'
+  assert rows['sampler.reward'] == '"loss"'
+  assert rows['search.random'] == '4'
+
+
+def test_plot_has_methods_that_are_no_longer_registered(workdir):
+  text = (workdir / 'results.json').read_text()
+  results = json.loads(text.replace('"random"', '"retired"'))
+  [axes] = report.pareto_plot(results).axes
+  labels = [line.get_label().split(',')[0] for line in axes.lines]
+  assert labels == ['sampler', 'retired']
+
+
 def test_what_is_missing_is_left_out(workdir, tmp_path):
   results = (workdir / 'results.json').read_text()
   (tmp_path / 'results.json').write_text(results)
