@@ -1,4 +1,4 @@
-"""AutoFormer's tensors in, and out again."""
+"""Conversion from AutoFormer's tensors, and back."""
 
 import argparse
 import functools
@@ -39,7 +39,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_there_and_back_again(case, tmp_path):
+def test_weights_survive_a_round_trip(case, tmp_path):
   net, _, wanted = load(case)
   path = epath.Path(tmp_path) / 'supernet.safetensors'
   autoformer.write(net, path)
@@ -50,7 +50,7 @@ def test_there_and_back_again(case, tmp_path):
   assert_same(autoformer.from_autoformer(autoformer.read(path), net), net)
 
 
-def test_a_subnet_reads_prefixes_of_its_supernet(small):
+def test_subnet_reads_prefixes_of_its_supernet(small):
   net, archs, state = small
   for arch in archs[:3]:
     architecture = net.space.to_json(arch)
@@ -79,7 +79,7 @@ def test_a_subnet_reads_prefixes_of_its_supernet(small):
     ),
   ],
 )
-def test_what_does_not_fit_is_named(small, name, change, message):
+def test_tensor_that_does_not_fit_is_named(small, name, change, message):
   net, _, state = small
   state = dict(state)
   array = state.pop(name)
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_named(small, name, change, message):
 @pytest.mark.parametrize(
   'name, axis', [('head.bias', 0), ('pos_embed', 1), ('head.weight', 0)]
 )
-def test_more_classes_or_patches_are_no_width(small, name, axis):
+def test_more_classes_or_patches_are_refused(small, name, axis):
   net, _, state = small
   longer = np.concatenate([state[name], state[name]], axis=axis)
   with pytest.raises(ValueError, match=f'wanted {name}'):
@@ -107,7 +107,7 @@ def read(path):
   return str(error.value)
 
 
-def test_files_that_are_none(tmp_path, monkeypatch):
+def test_missing_or_broken_files_are_refused(tmp_path, monkeypatch):
   assert read(tmp_path / 'x.pth').startswith('wanted a file of weights, found')
   (tmp_path / 'x.safetensors').write_bytes(b'x')
   assert read(tmp_path / 'x.safetensors').startswith('wanted safetensors in')
@@ -117,7 +117,7 @@ def test_files_that_are_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float64', 'int32'])
-def test_reads_numbers_of_any_type_as_float32(dtype, tmp_path):
+def test_numbers_of_any_type_are_read_as_float32(dtype, tmp_path):
   path = epath.Path(tmp_path) / 'x.safetensors'
   array = np.array([[1, -2], [96, 0]], dtype)
   path.write_bytes(safetensors.numpy.save({'w': array}))
@@ -126,7 +126,7 @@ def test_reads_numbers_of_any_type_as_float32(dtype, tmp_path):
   np.testing.assert_array_equal(found, array.astype(np.float32))
 
 
-def test_refuses_what_is_no_number(tmp_path):
+def test_booleans_are_refused(tmp_path):
   path = tmp_path / 'x.safetensors'
   path.write_bytes(safetensors.numpy.save({'w': np.array([True])}))
   assert "found BOOL under 'w'" in read(path)
@@ -150,7 +150,7 @@ class Harmful:
     (None, f'found {os.mkdir.__module__}.mkdir;'),
   ],
 )
-def test_a_file_of_more_than_tensors_is_refused(extra, named, tmp_path):
+def test_file_of_more_than_tensors_is_refused(extra, named, tmp_path):
   torch = pytest.importorskip('torch')
   path, made = tmp_path / 'x.pth', tmp_path / 'made'
   extra = extra or {'args': Harmful(made)}
@@ -159,7 +159,7 @@ def test_a_file_of_more_than_tensors_is_refused(extra, named, tmp_path):
   assert not made.exists()
 
 
-def test_files_of_torch(small, tmp_path):
+def test_torch_files_are_read(small, tmp_path):
   torch = pytest.importorskip('torch')
   net, _, state = small
   tensors = {name: torch.from_numpy(array) for name, array in state.items()}

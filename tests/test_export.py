@@ -94,7 +94,7 @@ def results(workdir) -> list[dict]:
   return json.loads((workdir / 'results.json').read_text())['budgets']
 
 
-def test_a_frozen_supernet_stays_and_its_sampler_learns(job):
+def test_frozen_supernet_does_not_change_while_its_sampler_learns(job):
   experiment = experiment_lib.create(job.settings, jax.devices()[:1])
   with train.open_checkpoints(experiment, job.workdir) as checkpoints:
     state = checkpoints.restore(experiment.abstract_state)
@@ -122,7 +122,7 @@ def test_weights_of_another_geometry_are_refused(job, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_extracts_within_a_budget_or_what_a_file_says(job, tmp_path):
+def test_extract_takes_a_budget_or_an_architecture_file(job, tmp_path):
   row = results(job.workdir)[0]
   path = tmp_path / 'architecture.json'
   shutil.copy(job.directory / 'architecture.json', path)
@@ -141,7 +141,7 @@ def test_extracts_within_a_budget_or_what_a_file_says(job, tmp_path):
     assert network.blocks[0].mlp.up.shape[0] == wanted['embed_dim']
 
 
-def test_the_directory_says_what_it_is(job):
+def test_exported_directory_has_a_model_card(job):
   row = results(job.workdir)[-1]
   assert job.directory.name == (
     f'sklearn_digits-{row["macs"] / 1000:.4g}k-macs'
@@ -159,7 +159,7 @@ def test_the_directory_says_what_it_is(job):
   ] == [str(digit) for digit in range(10)]
 
 
-def test_the_artifact_takes_any_number_of_images_on_any_platform(job):
+def test_artifact_takes_any_number_of_images_on_any_platform(job):
   exported = jax_export.deserialize(
     (job.directory / 'model.jax_export').read_bytes()
   )
@@ -170,7 +170,7 @@ def test_the_artifact_takes_any_number_of_images_on_any_platform(job):
     )
 
 
-def test_onnx(job):
+def test_onnx_gives_the_same_logits(job):
   pytest.importorskip('jax2onnx')
   onnxruntime = pytest.importorskip('onnxruntime')
   session = onnxruntime.InferenceSession(
@@ -199,7 +199,7 @@ def only_jax_and_pillow(folder: pathlib.Path) -> None:
     (folder / path.name).symlink_to(path)
 
 
-def test_predicts_in_an_environment_of_jax_and_pillow(job, tmp_path):
+def test_predict_needs_jax_and_pillow_alone(job, tmp_path):
   site, there = tmp_path / 'site', tmp_path / 'there'
   site.mkdir()
   only_jax_and_pillow(site)
@@ -265,7 +265,7 @@ def test_predict_reads_images_as_training_does(
   assert np.abs(found - wanted).max() <= 1
 
 
-def test_a_file_that_gives_other_logits_is_refused(job, monkeypatch, tmp_path):
+def test_file_with_other_logits_is_refused(job, monkeypatch, tmp_path):
   save = vit.save
 
   def broken(network, *rest):
@@ -280,6 +280,6 @@ def test_a_file_that_gives_other_logits_is_refused(job, monkeypatch, tmp_path):
   assert 'model.safetensors: wanted the logits of the' in str(error.value)
 
 
-def test_short_counts():
+def test_short_counts_have_four_digits():
   shorts = [export._short(n) for n in (7, 999, 1416, 999_950, 1_416_299_008)]
   assert shorts == ['7', '999', '1.416k', '1000k', '1.416G']

@@ -1,4 +1,4 @@
-"""Logits and gradients that AutoFormer's public code printed."""
+"""Comparison with logits and gradients of AutoFormer's public code."""
 
 import jax
 import numpy as np

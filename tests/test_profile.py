@@ -1,4 +1,4 @@
-"""Latency as a cost: what is fitted, what a table must say, the whole mode."""
+"""Latency as a cost: the fit, the table's file, and the whole mode."""
 
 import json
 
@@ -70,7 +70,7 @@ def parse(**changes) -> config_lib.Settings:
   return config_lib.parse(config)
 
 
-def test_additive_times_are_fitted_exactly():
+def test_fit_of_additive_times_is_exact():
   table = cost.CostTable(
     name='latency',
     label='microseconds',
@@ -89,7 +89,7 @@ def test_additive_times_are_fitted_exactly():
   assert abs(layer - wanted).max() <= 1  # Halves are rounded one by one.
 
 
-def test_a_slow_network_does_not_make_entries_negative():
+def test_fit_has_no_negative_entries():
   space, archs = latency.design(TINY)
   times = np.array([100.0 if a.depth else 400.0 for a in archs])
   entries = latency.fit(space, archs, times)
@@ -107,7 +107,7 @@ def test_written_table_is_read_back(tmp_path):
   assert np.array_equal(table.attention_EH, entries['attention'])
 
 
-def test_a_table_is_a_cost_in_microseconds(tmp_path):
+def test_latency_table_is_a_cost_in_microseconds(tmp_path):
   table = latency_table.read(write(tmp_path / 'table.json'), FACTS)
   assert (table.minimum, table.maximum) == (100 + 15, 150 + 2 * 50)
   arch = SPACE.from_json(
@@ -135,7 +135,7 @@ def test_a_table_is_a_cost_in_microseconds(tmp_path):
     ({'microseconds': ZEROS}, ', found latency: wanted a smallest subnet'),
   ],
 )
-def test_a_table_of_something_else_is_refused(changes, message, tmp_path):
+def test_latency_table_that_does_not_fit_is_refused(changes, message, tmp_path):
   path = write(tmp_path / 'table.json', **changes)
   with pytest.raises(errors.UserError) as error:
     latency_table.read(path, FACTS)
@@ -143,7 +143,7 @@ def test_a_table_of_something_else_is_refused(changes, message, tmp_path):
   assert str(error.value).startswith(wish + message)
 
 
-def test_a_table_that_is_not_there_is_named(tmp_path):
+def test_missing_latency_table_is_named(tmp_path):
   with pytest.raises(errors.UserError, match=r'found no .*table\.json'):
     latency_table.read(epath.Path(tmp_path) / 'table.json', FACTS)
   (tmp_path / 'table.json').write_text('{')
@@ -151,12 +151,12 @@ def test_a_table_that_is_not_there_is_named(tmp_path):
     latency_table.read(epath.Path(tmp_path) / 'table.json', FACTS)
 
 
-def test_latency_as_cost_wants_a_table():
+def test_latency_as_cost_needs_a_table():
   with pytest.raises(errors.UserError, match=r'config\.sampler\.latency'):
     parse(sampler__cost='latency')
 
 
-def test_reports_name_the_unit():
+def test_report_names_the_unit_of_budgets():
   row = {
     'method': 'sampler',
     'cost': 'latency',
@@ -270,7 +270,7 @@ def test_compiled_networks_are_timed(tmp_path):
   assert len(calls) == 2 * 3  # One call of each pair is not timed.
 
 
-def test_a_slow_spell_of_the_machine_is_taken_out():
+def test_typical_times_leave_out_slow_rounds():
   wanted = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
   spells = np.array([1.0, 1.5, 1.5, 1.0, 1.5])[:, None]
   times = wanted * spells

@@ -1,4 +1,4 @@
-"""The page: what is on disk, all of it, in one file."""
+"""The report: one page with everything that a run wrote."""
 
 import base64
 import html.parser
@@ -55,7 +55,7 @@ def page(workdir):
   return Page((workdir / 'report.html').read_text())
 
 
-def test_the_page_holds_its_pictures(workdir, page):
+def test_page_holds_its_pictures(workdir, page):
   pictures = [
     base64.b64decode(source.removeprefix('data:image/png;base64,'))
     for source in page.sources
@@ -68,7 +68,7 @@ def test_the_page_holds_its_pictures(workdir, page):
   assert (workdir / 'pareto.png').read_bytes() == on_disk['pareto.png']
 
 
-def test_the_page_says_what_is_on_disk(workdir, page, experiment):
+def test_page_shows_the_files_of_the_run(workdir, page, experiment):
   found = json.loads((workdir / 'report/report.json').read_text())
   for row in found['results']['budgets'] + found['results']['rivals']:
     assert f'{row["macs"]:,}' in page.text
@@ -100,7 +100,7 @@ def test_plot_has_methods_that_are_no_longer_registered(workdir):
   assert labels == ['sampler', 'retired']
 
 
-def test_what_is_missing_is_left_out(workdir, tmp_path):
+def test_page_leaves_out_missing_files(workdir, tmp_path):
   results = (workdir / 'results.json').read_text()
   (tmp_path / 'results.json').write_text(results)
   text = report.report(epath.Path(tmp_path))

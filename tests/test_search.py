@@ -1,4 +1,4 @@
-"""Methods of searching, and the table that they share."""
+"""Search methods, their answers, and the cache of scores."""
 
 import dataclasses
 import json
@@ -119,7 +119,7 @@ def test_evolution_ends_when_nothing_else_fits(experiment, known):
   assert answer.evaluations == 1
 
 
-def test_one_front_answers_every_budget(experiment, known, budgets):
+def test_nsga2_answers_every_budget_from_one_run(experiment, known, budgets):
   few = options(experiment, population=12, generations=5)
   answers = answer_with('nsga2', known, budgets, few)
   assert max(costs(experiment, known.log)) <= max(budgets)
@@ -186,7 +186,9 @@ def test_sampler_grid_spans_the_range_and_has_the_budgets(experiment):
   assert len(steps) <= len(wanted) + 9
 
 
-def test_every_method_asks_for_at_most_what_it_says(experiment, known, budgets):
+def test_methods_score_at_most_the_number_they_announce(
+  experiment, known, budgets
+):
   few = options(experiment, draws=2, candidates=3)
   for name, method in methods.METHODS.items():
     known.begin()
@@ -195,7 +197,7 @@ def test_every_method_asks_for_at_most_what_it_says(experiment, known, budgets):
     assert known.counts.evaluations <= method.most(few, len(budgets))
 
 
-def test_a_method_that_does_not_exist_is_refused(experiment):
+def test_unknown_methods_are_refused(experiment):
   with pytest.raises(errors.UserError) as error:
     methods.check(options(experiment, method=('sampler', 'magic')))
   assert str(error.value) == (
@@ -229,7 +231,7 @@ def scored(evaluator, monkeypatch):
   return log
 
 
-def test_a_killed_search_goes_on(
+def test_search_continues_after_it_was_killed(
   experiment, evaluator, state, tmp_path, scored
 ):
   chosen = options(
@@ -281,7 +283,7 @@ def test_a_killed_search_goes_on(
     assert counted['new'] <= first <= counted['evaluations']
 
 
-def test_a_table_of_other_weights_is_not_used(
+def test_scores_of_other_weights_are_not_used(
   experiment, evaluator, state, tmp_path, scored
 ):
   path = tmp_path / 'scores.jsonl'
@@ -309,7 +311,7 @@ def test_a_table_of_other_weights_is_not_used(
     score(state)
 
 
-def test_probabilities_of_what_was_learned_add_up(experiment, evaluator, state):
+def test_probabilities_of_the_sampler_add_up(experiment, evaluator, state):
   learned = search.learned(experiment, evaluator, state)
   depths = np.array(experiment.space.depth)
   assert len(learned['budgets']) == len(experiment.search_budgets)

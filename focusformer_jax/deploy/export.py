@@ -1,17 +1,18 @@
-"""A network as a directory that needs neither this project nor its training.
+"""Exports a network as a directory that does not need this project.
 
-Everything in it computes in float32, whatever it was trained in, so that every
-platform gives the same logits. Each file is read back and compared before the
-next one is written.
+Exported networks compute in float32, whatever they were trained in, so that
+every platform gives the same logits. Each file is read back, and its logits are
+compared with the network's, before the next one is written.
 
 Letters: `B` batch, `C` classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import io
 import json
 import pathlib
+from typing import Any
 import zipfile
 
 from absl import logging
@@ -49,11 +50,11 @@ USE = {
   ARTIFACT: 'uint8 images, any number of them, to logits: '
   f'`jax.export.deserialize` reads it, for {", ".join(PLATFORMS)}',
   'model.onnx': 'the same for onnxruntime',
-  'preprocessing.json': 'how images become what both take, and the classes',
-  vit.WEIGHTS: 'the weights; `focusformer_jax.subnet.load` reads them with',
-  vit.DESCRIPTION: 'what the network looks like',
-  'flatbuffers.zip': "a library that jax reads its own format with, Google's, "
-  'Apache 2.0',
+  'preprocessing.json': 'preprocessing of images for both, and the class names',
+  vit.WEIGHTS: 'the weights, for `focusformer_jax.models.vit.load`',
+  vit.DESCRIPTION: 'the architecture, for the same function',
+  'flatbuffers.zip': "the library with which jax reads its format (Google's, "
+  'Apache 2.0)',
 }
 
 
@@ -64,23 +65,23 @@ def export(
   step: int,
   parent: epath.Path,
 ) -> epath.Path:
-  """Writes a network's directory, named after data set and cost.
+  """Writes a directory for a network, named after the data set and the cost.
 
-  One of that name is replaced.
+  A directory of the same name is replaced.
 
   Args:
-    experiment: gives preprocessing, data set, costs and provenance.
-    network: to be exported.
-    arch: its architecture.
-    step: of the checkpoint that its weights are from.
-    parent: gets the directory.
+    experiment: Preprocessing, data set, costs and provenance.
+    network: The network.
+    arch: Its architecture.
+    step: Step of the checkpoint that its weights come from.
+    parent: Parent of the directory.
 
   Returns:
     The directory, with the files of `USE` and a model card; `model.onnx` only
-    where a `jax2onnx` is installed that fits the version of JAX.
+    if a `jax2onnx` is installed that fits the version of JAX.
 
   Raises:
-    UserError: a file that was written does not give the network's logits.
+    UserError: A file does not give the network's logits when it is read back.
   """
   table, recipe = experiment.cost_bins.table, experiment.recipe
   name = experiment.settings.data.name.replace('/', '_')
@@ -105,7 +106,7 @@ def export(
         'do not use that file'
       )
 
-  for file in (*USE, CARD):  # Nothing of another network may stay.
+  for file in (*USE, CARD):  # No file of another network may stay.
     (directory / file).unlink(missing_ok=True)
   vit.save(network, experiment.space.to_json(arch), directory)
   loaded, _ = vit.load(directory)
@@ -140,7 +141,7 @@ def export(
 
 
 def _short(count: int) -> str:
-  """Four digits and a letter for the thousands, such as 1.416M."""
+  """The number with four digits and a unit prefix, such as 1.416M."""
   thousands = (len(str(count)) - 1) // 3
   return f'{count / 1000**thousands:.4g}{" kMGTP"[thousands].strip()}'
 
@@ -148,7 +149,7 @@ def _short(count: int) -> str:
 def _classifier(
   recipe: config_lib.Augment, network: vit.VisionTransformer
 ) -> Classify:
-  """Compiled, from bytes to logits."""
+  """A compiled function from uint8 images to logits."""
 
   @jax.jit
   def classify(images_BHWC):
@@ -159,13 +160,15 @@ def _classifier(
 
 
 def _images(geometry: search_space.Geometry) -> jax.ShapeDtypeStruct:
-  """Bytes of any number of images."""
+  """The shape of a batch of uint8 images, of any size."""
   size, channels = geometry.image_size, geometry.channels
   shape = jax_export.symbolic_shape(f'batch, {size}, {size}, {channels}')
   return jax.ShapeDtypeStruct(shape, jnp.uint8)
 
 
-def _artifact(recipe, network) -> bytes:
+def _artifact(
+  recipe: config_lib.Augment, network: vit.VisionTransformer
+) -> bytes:
   """The network as `jax.export` serializes it."""
   export_to = jax_export.export(
     _classifier(recipe, network), platforms=PLATFORMS
@@ -173,12 +176,14 @@ def _artifact(recipe, network) -> bytes:
   return bytes(export_to(_images(network.geometry)).serialize())
 
 
-def _onnx(recipe, network) -> bytes | None:
-  """The network in ONNX, where the converter is installed."""
+def _onnx(
+  recipe: config_lib.Augment, network: vit.VisionTransformer
+) -> bytes | None:
+  """The network in ONNX; None if no converter fits."""
   try:
     import jax2onnx  # Brings onnxruntime.
   except ImportError:
-    logging.info('no model.onnx: pip install jax2onnx to have one')
+    logging.info('no model.onnx: pip install jax2onnx to get one')
     return None
   try:
     model = jax2onnx.to_onnx(
@@ -197,7 +202,7 @@ def _onnx(recipe, network) -> bytes | None:
   return model.SerializeToString()
 
 
-def _run_onnx(model: bytes, images_BHWC) -> np.ndarray:
+def _run_onnx(model: bytes, images_BHWC: np.ndarray) -> np.ndarray:
   import onnxruntime
 
   session = onnxruntime.InferenceSession(
@@ -206,7 +211,7 @@ def _run_onnx(model: bytes, images_BHWC) -> np.ndarray:
   return session.run(None, {session.get_inputs()[0].name: images_BHWC})[0]
 
 
-def _preprocessing(experiment) -> dict:
+def _preprocessing(experiment: experiment_lib.Experiment) -> dict[str, Any]:
   recipe, geometry = experiment.recipe, experiment.geometry
   return {
     'image_size': geometry.image_size,
@@ -214,24 +219,29 @@ def _preprocessing(experiment) -> dict:
     'center_crop': experiment.dataset.center_crop,
     'mean': recipe.mean,
     'std': recipe.std,
-    'mean_and_std': 'of white as 1; both models subtract and divide themselves',
+    'mean_and_std': 'where white is 1; both models normalize by themselves',
     'classes': experiment.dataset.classes,
   }
 
 
 def _flatbuffers() -> bytes:
-  """What jax's reader imports and jax lacks, as a zip that Python takes."""
+  """The package that jax's reader imports, as a zip that Python can import.
+
+  jax does not require it.
+  """
   file = io.BytesIO()
   with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
     for path in sorted(pathlib.Path(flatbuffers.__file__).parent.glob('*.py')):
-      # Of no date, so that the same export is the same bytes.
+      # No date, so that the same export has the same bytes.
       entry = zipfile.ZipInfo(f'flatbuffers/{path.name}')
       archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
   return file.getvalue()
 
 
-def _accuracy(experiment, classify: Classify, split: str) -> tuple[int, int]:
-  """Images of a split that are classified rightly, and all of them."""
+def _accuracy(
+  experiment: experiment_lib.Experiment, classify: Classify, split: str
+) -> tuple[int, int]:
+  """Numbers of correctly classified images and of all images of a split."""
   right, count = 0, 0
   batches = batches_lib.eval_batches(
     experiment.dataset.split(split), experiment.settings.data.eval_batch_size
@@ -243,8 +253,14 @@ def _accuracy(experiment, classify: Classify, split: str) -> tuple[int, int]:
   return right, count
 
 
-def _card(experiment, arch, step, accuracy, directory) -> str:
-  """The model card: what it is, how good, how to use it, where it is from."""
+def _card(
+  experiment: experiment_lib.Experiment,
+  arch: search_space.Architecture,
+  step: int,
+  accuracy: dict[str, tuple[int, int]],
+  directory: epath.Path,
+) -> str:
+  """The model card: architecture, accuracy, use and provenance."""
   settings, geometry = experiment.settings, experiment.geometry
   size = geometry.image_size
   rows = [
@@ -270,8 +286,8 @@ def _card(experiment, arch, step, accuracy, directory) -> str:
   lines = [
     f'# {directory.name}',
     '',
-    'An image classifier, cut out of a supernet that focusformer_jax trained.',
-    'Accuracies are those of `model.jax_export` in this directory.',
+    'An image classifier, extracted from a supernet that focusformer_jax '
+    'trained. Accuracies are those of `model.jax_export` in this directory.',
     '',
     *_table(rows),
     '',
@@ -289,7 +305,8 @@ def _card(experiment, arch, step, accuracy, directory) -> str:
   return '\n'.join(lines)
 
 
-def _table(rows) -> list[str]:
+def _table(rows: Iterable[tuple[str, Any]]) -> list[str]:
+  """Two columns in Markdown."""
   return [
     '| | |',
     '| --- | --- |',

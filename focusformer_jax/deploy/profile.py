@@ -1,8 +1,10 @@
-"""What subnets cost on this device, and which budgets can be met.
+"""Profiles costs: reachable ranges, feasible budgets, latency on this device.
 
-Latency becomes a cost like the others: a table of what stem and head take,
-and of what each choice adds to one layer (`latency.py`). Random networks, timed
-in the same rounds, tell how well it predicts.
+Latency becomes an additive cost like the others: microseconds for the stem and
+head, and for each choice in one layer (`latency.py`). Random networks, timed in
+the same rounds, show how accurately the table predicts.
+
+Letters: `T` networks timed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,29 +32,29 @@ from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import train
 
-# Of architectures, for the median of each cost.
+# Number of architectures drawn for the median of each cost.
 DRAWS = 10_000
 
 
 def profile(settings: config_lib.Settings, workdir: epath.Path) -> None:
-  """Prints what can be reached, measures latency and checks its prediction.
+  """Prints reachable costs and feasible budgets, and measures latency.
 
-  Times random networks, and those that a table is made of unless
-  `config.sampler.latency` names one. If a sampler is trained in `workdir`, what
-  it decodes for budgets in microseconds is then timed beside the same random
-  networks.
+  Measures a latency table, unless `config.sampler.latency` names one, and times
+  random networks to check its predictions. If `workdir` has a trained sampler,
+  the architectures that it decodes for budgets in microseconds are timed too,
+  beside the same random networks.
 
-  Writes `profile/latency-*.json`, the table, and `profile/check.json`.
+  Writes the table to `profile/latency-*.json`, and `profile/check.json`.
 
   Raises:
-    UserError: more than one process, a table that does not fit the run, or
-      layers too fast for whole microseconds.
+    UserError: There is more than one process, the table does not fit the run,
+      or layers are too fast for whole microseconds.
   """
   if jax.process_count() > 1:
     raise errors.UserError(
       f'--mode=profile: wanted one process, found {jax.process_count()}'
     )
-  # Budgets out of reach are to be told, not refused.
+  # Budgets out of reach are reported here, not refused.
   configured = settings.search.budgets
   experiment = experiment_lib.create(_with(settings, 'search', budgets=()))
   archs = _uniform_architectures(experiment)
@@ -90,7 +92,7 @@ def profile(settings: config_lib.Settings, workdir: epath.Path) -> None:
     again_T, decoded_T = np.split(
       latency.measure(programs + more, repeats), [len(random)]
     )
-    # Than when the table was measured.
+    # Compared with the rounds in which the table was measured.
     slower = np.median(again_T / random_T)
     timed += _timed(experiment, decoded, decoded_T / slower)
     print(
@@ -100,19 +102,24 @@ def profile(settings: config_lib.Settings, workdir: epath.Path) -> None:
   print(_check(experiment, timed, path, workdir))
 
 
-def _with(settings: config_lib.Settings, section: str, **changes):
+def _with(
+  settings: config_lib.Settings, section: str, **changes: Any
+) -> config_lib.Settings:
+  """The settings with other values of some keys of a section."""
   changed = dataclasses.replace(getattr(settings, section), **changes)
   return dataclasses.replace(settings, **{section: changed})
 
 
-def _key(experiment, step: int) -> jax.Array:
+def _key(experiment: experiment_lib.Experiment, step: int) -> jax.Array:
   return state_lib.stream_key(
     experiment.settings.seed, state_lib.Stream.PROFILE, step
   )
 
 
-def _uniform_architectures(experiment) -> search_space.Architecture:
-  """Draws from the whole space, each subnet as likely as any other."""
+def _uniform_architectures(
+  experiment: experiment_lib.Experiment,
+) -> search_space.Architecture:
+  """A batch of DRAWS architectures, drawn uniformly from the whole space."""
   budgets = experiment.cost_bins
   draw = jax.jit(
     lambda key: conditional.uniform_within(
@@ -122,8 +129,10 @@ def _uniform_architectures(experiment) -> search_space.Architecture:
   return draw(_key(experiment, 0))
 
 
-def _reachable(tables: Mapping[str, cost.CostTable], archs) -> str:
-  """Lowest, median and highest of each cost."""
+def _reachable(
+  tables: Mapping[str, cost.CostTable], archs: search_space.Architecture
+) -> str:
+  """A table of the lowest, median and highest value of each cost."""
   rows = [['cost', 'minimum', 'median', 'maximum']]
   for table in tables.values():
     median = int(np.median(table.of_all(archs)))
@@ -132,8 +141,12 @@ def _reachable(tables: Mapping[str, cost.CostTable], archs) -> str:
   return text_table.align(rows)
 
 
-def _feasible(experiment, archs, configured: Sequence[float]) -> str:
-  """Which budgets some subnet can meet, and how many of all subnets do."""
+def _feasible(
+  experiment: experiment_lib.Experiment,
+  archs: search_space.Architecture,
+  configured: Sequence[float],
+) -> str:
+  """A table of budgets: whether they can be met, and by how many subnets."""
   table = experiment.cost_bins.table
   costs = table.of_all(archs)
   rows = [[f'budget, {table.label}', 'can be met', 'subnets within']]
@@ -144,8 +157,12 @@ def _feasible(experiment, archs, configured: Sequence[float]) -> str:
   return text_table.align(rows)
 
 
-def _write_table(experiment, entries, workdir) -> epath.Path:
-  """Writes what `latency.fit` returned for `latency_table.read` to read."""
+def _write_table(
+  experiment: experiment_lib.Experiment,
+  entries: dict[str, np.ndarray],
+  workdir: epath.Path,
+) -> epath.Path:
+  """Writes the entries of `latency.fit` as a latency table."""
   settings, name = experiment.settings.profile, latency.device_name()
   least = (entries['attention'].min(1) + entries['mlp'].min(1)).min()
   if least < 1:
@@ -166,8 +183,8 @@ def _write_table(experiment, entries, workdir) -> epath.Path:
   return path
 
 
-def _layers(experiment) -> str:
-  """The table: what stem and head take, and one layer of each choice."""
+def _layers(experiment: experiment_lib.Experiment) -> str:
+  """A table of latencies: stem and head, and one layer of each choice."""
   table, space = experiment.tables['latency'], experiment.space
   ratios = [f'ratio {ratio:g}' for ratio in space.mlp_ratio]
   rows = [['embed', 'stem and head', 'heads', *ratios]]
@@ -181,7 +198,7 @@ def _layers(experiment) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-  """A network in microseconds; `budget` is None for a random one."""
+  """Latencies of a network in microseconds; no budget if it is random."""
 
   budget: int | None
   macs: int
@@ -191,12 +208,16 @@ class Timed:
 
   @property
   def error(self) -> float:
-    """Of the prediction, as a share of what was measured."""
+    """Relative error of the prediction."""
     return self.predicted / self.measured - 1
 
 
-def _timed(experiment, chosen, times_T) -> list[Timed]:
-  """Predictions beside what budgets and architectures took."""
+def _timed(
+  experiment: experiment_lib.Experiment,
+  chosen: Sequence[tuple[int | None, search_space.Architecture]],
+  times_T: np.ndarray,
+) -> list[Timed]:
+  """Predictions and measured times of (budget, architecture)."""
   return [
     Timed(
       budget=budget,
@@ -209,8 +230,13 @@ def _timed(experiment, chosen, times_T) -> list[Timed]:
   ]
 
 
-def _check(experiment, timed, path, workdir) -> str:
-  """Writes how measured times compare with the table, and says it."""
+def _check(
+  experiment: experiment_lib.Experiment,
+  timed: Sequence[Timed],
+  path: epath.Path,
+  workdir: epath.Path,
+) -> str:
+  """Writes the comparison of predicted and measured times; returns it."""
   random = [t for t in timed if t.budget is None]
   error = np.median([abs(t.error) for t in random])
   rank = scipy.stats.spearmanr(
@@ -234,6 +260,7 @@ def _check(experiment, timed, path, workdir) -> str:
 
 
 def _compared(timed: Sequence[Timed]) -> str:
+  """A table of predicted and measured latencies."""
   rows = [
     [
       'network',
@@ -265,8 +292,10 @@ def _compared(timed: Sequence[Timed]) -> str:
   return text_table.align(rows)
 
 
-def _random(experiment) -> list[search_space.Architecture]:
-  """As many as are configured, spread over the range of MACs."""
+def _random(
+  experiment: experiment_lib.Experiment,
+) -> list[search_space.Architecture]:
+  """`config.profile.networks` architectures, spread over the range of MACs."""
   settings = experiment.settings
   budgets = cost_bins.CostBins(experiment.tables['macs'], settings.sampler.bins)
 
@@ -282,9 +311,9 @@ def _random(experiment) -> list[search_space.Architecture]:
 
 
 def _decoded(
-  experiment, workdir
+  experiment: experiment_lib.Experiment, workdir: epath.Path
 ) -> list[tuple[int, search_space.Architecture]]:
-  """What the sampler says at each budget; nothing where none is trained."""
+  """The decoded architecture for each budget; empty without a sampler."""
   if not (workdir / train.CHECKPOINTS).exists():
     return []
   with train.open_checkpoints(experiment, workdir) as checkpoints:

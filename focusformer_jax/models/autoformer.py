@@ -1,13 +1,13 @@
-"""AutoFormer's networks into ours, and back.
+"""Conversion of weights and architectures from AutoFormer, and back.
 
-Names and layouts on the other side are those of AutoFormer's public PyTorch
-code (microsoft/Cream); a state dict here is a mapping of those names to
-arrays. Its architectures are dicts with `layer_num`, `embed_dim`, `num_heads`
-and `mlp_ratio`. Its files keep a state dict under the key 'model'; that of a
-subnet has the supernet's shapes, of which the subnet reads prefixes.
+A state dict is a mapping from the names in AutoFormer's public PyTorch code
+(microsoft/Cream) to arrays in its layouts. AutoFormer's architectures are dicts
+with `layer_num`, `embed_dim`, `num_heads` and `mlp_ratio`. Its files hold a
+state dict under the key 'model'; that of a subnet has the shapes of the
+supernet, of which the subnet reads prefixes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import io
 import itertools
 import re
@@ -31,7 +31,7 @@ Network = TypeVar('Network', supernet_lib.Supernet, vit.VisionTransformer)
 
 
 def reference_geometry(values: Mapping[str, Any]) -> search_space.Geometry:
-  """The geometry in AutoFormer's words; ImageNet's where it says nothing."""
+  """The geometry of AutoFormer's options; by default ImageNet's."""
   return search_space.Geometry(
     image_size=values.get('img_size', 224),
     patch_size=values.get('patch_size', 16),
@@ -47,16 +47,16 @@ def reference_space(
   """The smallest space that holds the given AutoFormer architectures.
 
   Raises:
-    ValueError: an architecture changes its width from layer to layer.
+    ValueError: The width of an architecture changes from layer to layer.
   """
 
-  def width(arch) -> int:
+  def width(arch: Mapping[str, Any]) -> int:
     widths = set(arch['embed_dim'])
     if len(widths) != 1:
       raise ValueError(f'embed_dim: wanted one width, found {sorted(widths)}')
     return widths.pop()
 
-  def choices(values) -> tuple:
+  def choices(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(sorted(set(values)))
 
   space = search_space.SearchSpace(
@@ -79,7 +79,7 @@ def reference_space(
   ]
 
 
-# Names of a layer's arrays that are alike on both sides.
+# Names of a layer's arrays that have the same layout on both sides.
 SAME = {
   'attention.out_bias': 'attn.proj.bias',
   'attention.position_key.rows': 'attn.rel_pos_embed_k.embeddings_table_v',
@@ -96,7 +96,7 @@ SAME = {
 
 
 def _layer_to(ours: StateDict) -> dict[str, np.ndarray]:
-  """One layer in AutoFormer's names and layouts."""
+  """The arrays of one layer in AutoFormer's names and layouts."""
   width = len(ours['attention.query'])
   # The rows of queries, keys and values are interleaved; the biases are not.
   kernels = [
@@ -132,7 +132,7 @@ def _layer_from(theirs: StateDict) -> dict[str, np.ndarray]:
 
 
 def _layer_names(name: str, param: nnx.Variable) -> list[str]:
-  """A name for each layer where `param` stacks them, else its own."""
+  """One name per layer if `param` stacks layers, else its own name."""
   if param.ndim == len(param.axes):
     return [name]
   return [name.replace('.', f'.{i}.', 1) for i in range(param.shape[0])]
@@ -155,8 +155,8 @@ def _layers(arrays: StateDict) -> Iterator[dict[str, np.ndarray]]:
 def to_autoformer(network: Network) -> dict[str, np.ndarray]:
   """A network's weights in AutoFormer's names and layouts.
 
-  Tensors are as large as the largest subnet of the space, or as the extracted
-  network: the sizes to build AutoFormer's model with.
+  Tensors have the sizes of the largest subnet, or of the extracted network:
+  AutoFormer's model must be built with these.
   """
   ours = {}
   for name, param in layers.named_params(network).items():
@@ -180,19 +180,19 @@ def to_autoformer(network: Network) -> dict[str, np.ndarray]:
 
 
 def from_autoformer(state_dict: StateDict, network: Network) -> Network:
-  """Puts AutoFormer's weights into a supernet or an extracted network.
+  """Loads AutoFormer's weights into a supernet or an extracted network.
 
   The state dict may be wider and deeper than the network (AutoFormer's tiny
   supernet is 256 wide for a largest choice of 240): a subnet only ever reads
-  prefixes. So a published subnet, whose tensors have its supernet's shapes,
-  goes into a network that `vit.create` makes of its architecture.
+  prefixes. So the tensors of a published subnet, which have the shapes of its
+  supernet, fit the network that `vit.create` makes for its architecture.
 
   Args:
-    state_dict: AutoFormer's names to arrays.
-    network: gives structure and sizes, and may be abstract.
+    state_dict: Arrays by AutoFormer's names.
+    network: A network of the wanted structure and sizes; may be abstract.
 
   Raises:
-    ValueError: names the first tensor that is missing or does not fit.
+    ValueError: A tensor is missing or does not fit; names the first one.
   """
   like = jax.tree.map(lambda leaf: np.zeros(leaf.shape), network)
   theirs = {
@@ -213,7 +213,7 @@ def from_autoformer(state_dict: StateDict, network: Network) -> Network:
   for i, layer in enumerate(_layers(theirs)):
     ours |= {f'blocks.{i}.{k}': v for k, v in _layer_from(layer).items()}
 
-  def array(name, param):
+  def array(name: str, param: nnx.Variable) -> np.ndarray:
     arrays = [ours[name] for name in _layer_names(name, param)]
     return np.stack(arrays).reshape(param.shape)
 
@@ -226,7 +226,7 @@ def from_autoformer(state_dict: StateDict, network: Network) -> Network:
   )
 
 
-# Tensors of theirs whose sizes are not all widths: the axes that are.
+# The axes that are widths, for AutoFormer's tensors with other axes as well.
 WIDTHS = {
   'cls_token': (2,),
   'pos_embed': (2,),
@@ -236,7 +236,9 @@ WIDTHS = {
 }
 
 
-def _prefix(name: str, array: np.ndarray | None, wanted: tuple[int, ...]):
+def _prefix(
+  name: str, array: np.ndarray | None, wanted: tuple[int, ...]
+) -> np.ndarray:
   """The part of a tensor that a network of these sizes reads.
 
   Widths may be larger than wanted; grid, patch, classes and distances may not.
@@ -306,7 +308,7 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
       '.safetensors file of it where torch is'
     ) from error
 
-  def refuse(found) -> errors.UserError:
+  def refuse(found: str) -> errors.UserError:
     return errors.UserError(
       f'wanted tensors alone in {path}, found {found}; where you trust the '
       "file, save its 'model' by itself"
@@ -330,7 +332,7 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def write(network: Network, path: epath.Path) -> None:
-  """Writes a `.safetensors` file in AutoFormer's names and layouts."""
+  """Writes a network as a `.safetensors` file in AutoFormer's names."""
   arrays = {
     name: np.ascontiguousarray(array)
     for name, array in to_autoformer(network).items()
