@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-Module = TypeVar('Module', bound=nnx.Module)
+from focusformer_jax.spaces import search_space
 
-LAYER_NORM_EPS = 1e-5
+Module = TypeVar('Module', bound=nnx.Module)
 
 
 def is_param(node: Any) -> bool:
@@ -113,7 +113,8 @@ def prefix_mask(live: Int[Array, ''], size: int) -> Float[Array, 'D']:
 class LayerNorm(nnx.Module):
   """Layer normalization over the live features alone."""
 
-  def __init__(self, embed_dim: int):
+  def __init__(self, embed_dim: int, eps: float = 1e-5):
+    self.eps = eps
     self.scale = nnx.Param(jnp.ones(embed_dim), axes=('embed',))
     self.bias = nnx.Param(jnp.zeros(embed_dim), axes=('embed',))
 
@@ -135,7 +136,7 @@ class LayerNorm(nnx.Module):
       centerd = (x - mean) * mask_D
       variance = jnp.sum(jnp.square(centerd), -1, keepdims=True) / live
       bias = bias * mask_D
-    normed = centerd * (jax.lax.rsqrt(variance + LAYER_NORM_EPS) * scale)
+    normed = centerd * (jax.lax.rsqrt(variance + self.eps) * scale)
     return (normed + bias).astype(x_BND.dtype)
 
 
@@ -168,15 +169,18 @@ def distance_index(grid: int, max_distance: int) -> Int[np.ndarray, 'G+1 G+1']:
   return np.pad(distance + max_distance + 1, (0, 1)).astype(np.int32)
 
 
-def token_coordinates(grid: int) -> Int[np.ndarray, '2 N']:
-  """Row and column of every token; the class token comes first, at (G, G)."""
-  rows, columns = np.divmod(np.arange(grid**2), grid)
-  return np.stack([np.append(grid, rows), np.append(grid, columns)])
+def token_coordinates(grid: int, tokens: int) -> Int[np.ndarray, '2 N']:
+  """Row and column of every token; all before the patches are at (G, G)."""
+  patches = np.stack(np.divmod(np.arange(grid**2), grid))
+  first = np.full((2, tokens - grid**2), grid)
+  return np.concatenate([first, patches], axis=1)
 
 
-def _one_hot_coordinates(grid: int) -> Float[np.ndarray, 'N 2*(G+1)']:
+def _one_hot_coordinates(
+  grid: int, tokens: int
+) -> Float[np.ndarray, 'N 2*(G+1)']:
   """Row, then column of every token as one-hot vectors."""
-  rows, columns = token_coordinates(grid)
+  rows, columns = token_coordinates(grid, tokens)
   one_hot = np.eye(grid + 1)
   return np.concatenate([one_hot[rows], one_hot[columns]], axis=-1)
 
@@ -197,30 +201,34 @@ class Attention(nnx.Module):
     embed_dim: int,
     num_heads: int,
     head_dim: int,
-    grid: int,
-    max_distance: int,
+    geometry: search_space.Geometry,
     *,
     std: float,
     rngs: nnx.Rngs,
   ):
-    self.grid = grid
-    self.max_distance = max_distance
+    self.grid = geometry.grid
+    self.max_distance = geometry.max_relative_position
     shape, axes = (embed_dim, num_heads, head_dim), ('embed', 'heads', None)
     self.query = _normal(rngs, std, shape, axes)
     self.key = _normal(rngs, std, shape, axes)
     self.value = _normal(rngs, std, shape, axes)
-    # A subnet of H heads reads rows [0,H) for queries, [H,2H) for keys and
-    # [2H,3H) for values: the reference's rule, without which an imported
-    # supernet would not give its logits.
-    self.bias = nnx.Param(
-      jnp.zeros((3 * num_heads, head_dim)), axes=('heads3', None)
-    )
-    self.position_key = RelativePosition(
-      head_dim, max_distance, std=std, rngs=rngs
-    )
-    self.position_value = RelativePosition(
-      head_dim, max_distance, std=std, rngs=rngs
-    )
+    if self.max_distance:
+      # A subnet of H heads reads rows [0,H) for queries, [H,2H) for keys and
+      # [2H,3H) for values: the reference's rule, without which an imported
+      # supernet would not give its logits.
+      self.bias = nnx.Param(
+        jnp.zeros((3 * num_heads, head_dim)), axes=('heads3', None)
+      )
+      self.position_key = RelativePosition(
+        head_dim, self.max_distance, std=std, rngs=rngs
+      )
+      self.position_value = RelativePosition(
+        head_dim, self.max_distance, std=std, rngs=rngs
+      )
+    else:
+      self.bias = nnx.Param(
+        jnp.zeros((3, num_heads, head_dim)), axes=('qkv', 'heads', None)
+      )
     self.out = _normal(
       rngs,
       std,
@@ -238,8 +246,10 @@ class Attention(nnx.Module):
     dtype = x_BND.dtype
     batch, tokens, width = x_BND.shape
     _, H, K = self.query.shape
-    live = H if num_heads is None else num_heads
-    bias_3HK = self.bias[jnp.arange(3)[:, None] * live + jnp.arange(H)]
+    bias_3HK = self.bias.get_value()
+    if self.max_distance:
+      live = H if num_heads is None else num_heads
+      bias_3HK = bias_3HK[jnp.arange(3)[:, None] * live + jnp.arange(H)]
     x = x_BND.reshape(batch * tokens, width)
 
     def project(kernel, bias_HK):
@@ -249,21 +259,22 @@ class Attention(nnx.Module):
     q_BHNK = project(self.query.get_value(), bias_3HK[0])
     k_BHNK = project(self.key.get_value(), bias_3HK[1])
     v_BHNK = project(self.value.get_value(), bias_3HK[2])
-    coordinates_NG = jnp.asarray(_one_hot_coordinates(self.grid), dtype)
-
-    q_near = jnp.einsum(
-      'bhnk,ngk->bhng', q_BHNK, self._seen_vectors(self.position_key, dtype)
-    )
     logits = jnp.einsum('bhnk,bhmk->bhnm', q_BHNK, k_BHNK)
-    logits += jnp.einsum('bhng,mg->bhnm', q_near, coordinates_NG)
+    if self.max_distance:
+      coordinates_NG = jnp.asarray(
+        _one_hot_coordinates(self.grid, tokens), dtype
+      )
+      seen_NGK = self._seen_vectors(self.position_key, tokens, dtype)
+      q_near = jnp.einsum('bhnk,ngk->bhng', q_BHNK, seen_NGK)
+      logits += jnp.einsum('bhng,mg->bhnm', q_near, coordinates_NG)
     attention = jax.nn.softmax(logits.astype(jnp.float32) * K**-0.5).astype(
       dtype
     )
-    near = jnp.einsum('bhnm,mg->bhng', attention, coordinates_NG)
     out = jnp.einsum('bhnm,bhmk->bhnk', attention, v_BHNK)
-    out += jnp.einsum(
-      'bhng,ngk->bhnk', near, self._seen_vectors(self.position_value, dtype)
-    )
+    if self.max_distance:
+      near = jnp.einsum('bhnm,mg->bhng', attention, coordinates_NG)
+      seen_NGK = self._seen_vectors(self.position_value, tokens, dtype)
+      out += jnp.einsum('bhng,ngk->bhnk', near, seen_NGK)
     if num_heads is not None:
       out *= prefix_mask(num_heads, H)[:, None, None].astype(dtype)
     out = _dense(
@@ -273,10 +284,10 @@ class Attention(nnx.Module):
     )
     return out.reshape(batch, tokens, width)
 
-  def _seen_vectors(self, position: RelativePosition, dtype):
+  def _seen_vectors(self, position: RelativePosition, tokens: int, dtype):
     """For each query token, the vectors of every key row, then column."""
     index = distance_index(self.grid, self.max_distance)
-    rows, columns = token_coordinates(self.grid)
+    rows, columns = token_coordinates(self.grid, tokens)
     return jnp.concatenate(
       [
         position.rows.get_value()[index[rows]],
@@ -327,17 +338,16 @@ class Block(nnx.Module):
     num_heads: int,
     mlp_dim: int,
     head_dim: int,
-    grid: int,
-    max_distance: int,
+    geometry: search_space.Geometry,
     *,
     std: float,
     rngs: nnx.Rngs,
   ):
-    self.attention_norm = LayerNorm(embed_dim)
+    self.attention_norm = LayerNorm(embed_dim, geometry.norm_eps)
     self.attention = Attention(
-      embed_dim, num_heads, head_dim, grid, max_distance, std=std, rngs=rngs
+      embed_dim, num_heads, head_dim, geometry, std=std, rngs=rngs
     )
-    self.mlp_norm = LayerNorm(embed_dim)
+    self.mlp_norm = LayerNorm(embed_dim, geometry.norm_eps)
     self.mlp = Mlp(embed_dim, mlp_dim, std=std, rngs=rngs)
 
   def branches(self) -> tuple[tuple[LayerNorm, Attention | Mlp], ...]:
@@ -376,20 +386,21 @@ def keep_branches(
 
 
 class Stem(nnx.Module):
-  """Images to tokens: patch embedding, class token first, positions added."""
+  """Images to tokens: class token, registers and embedded patches, in order.
+
+  Each token but the registers has a position embedding.
+  """
 
   def __init__(
     self,
     embed_dim: int,
-    grid: int,
-    patch_size: int,
-    channels: int,
+    geometry: search_space.Geometry,
     *,
     std: float,
     rngs: nnx.Rngs,
   ):
-    self.patch_size = patch_size
-    inputs = channels * patch_size**2
+    self.patch_size = geometry.patch_size
+    inputs = geometry.channels * self.patch_size**2
     bound = 1 / math.sqrt(inputs)
 
     def uniform(shape, axes):
@@ -398,10 +409,16 @@ class Stem(nnx.Module):
 
     self.kernel = uniform((inputs, embed_dim), (None, 'embed'))
     self.bias = uniform((embed_dim,), ('embed',))
-    self.class_token = _normal(rngs, std, (embed_dim,), ('embed',))
-    self.position = _normal(
-      rngs, std, (grid**2 + 1, embed_dim), (None, 'embed')
+
+    def rows(count):
+      return _normal(rngs, std, (count, embed_dim), (None, 'embed'))
+
+    token = geometry.class_token
+    self.class_token = (
+      _normal(rngs, std, (embed_dim,), ('embed',)) if token else None
     )
+    self.position = rows(geometry.num_patches + token)
+    self.registers = rows(geometry.registers) if geometry.registers else None
 
   def __call__(
     self, images_BHWC: Float[Array, 'B height width C']
@@ -415,40 +432,78 @@ class Stem(nnx.Module):
       batch, -1, p * p * channels
     )
     x = _dense(patches, self.kernel.get_value(), self.bias.get_value())
-    token = jnp.broadcast_to(
-      self.class_token.astype(x.dtype), (batch, 1, x.shape[-1])
-    )
-    x = jnp.concatenate([token, x], axis=1)
-    return x + self.position.astype(x.dtype)
+    position = self.position.astype(x.dtype)
+    tokens = []
+    if self.class_token is not None:
+      tokens.append(self.class_token.astype(x.dtype) + position[:1])
+    if self.registers is not None:
+      tokens.append(self.registers.astype(x.dtype))
+    tokens = [jnp.broadcast_to(t, (batch, *t.shape)) for t in tokens]
+    tokens.append(x + position[-x.shape[1] :])
+    return jnp.concatenate(tokens, axis=1)
 
 
-# Inputs of the classifier: the mean of the patches, or the class token.
-POOLS = ('mean', 'cls')
+# Inputs of the classifier, as `Head` takes them.
+POOLS = ('mean', 'cls', 'fc_norm')
 
 
 class Head(nnx.Module):
-  """Tokens to logits: final norm, pooling, a dense layer."""
+  """Tokens to logits: final norm, pooling, a dense layer.
+
+  Args:
+    embed_dim: Width of a token.
+    geometry: Says where the patches begin and how many classes there are.
+    pool: 'mean' of the normalized patches; 'cls', the normalized class token;
+      or 'fc_norm', the normalized mean of the patches, as timm names it.
+    std: Standard deviation of the initial weights.
+    rngs: Random streams for the initial parameters.
+  """
 
   def __init__(
     self,
     embed_dim: int,
-    num_classes: int,
+    geometry: search_space.Geometry,
     pool: str,
     *,
     std: float,
     rngs: nnx.Rngs,
   ):
     self.pool = pool
-    self.norm = LayerNorm(embed_dim)
-    self.kernel = _normal(rngs, std, (embed_dim, num_classes), ('embed', None))
-    self.bias = nnx.Param(jnp.zeros(num_classes), axes=(None,))
+    self.first_patch = geometry.first_patch
+    self.norm = LayerNorm(embed_dim, geometry.norm_eps)
+    classes = geometry.num_classes
+    self.kernel = (
+      _normal(rngs, std, (embed_dim, classes), ('embed', None))
+      if classes
+      else None
+    )
+    self.bias = nnx.Param(jnp.zeros(classes), axes=(None,)) if classes else None
 
   def __call__(
     self,
     x_BND: Float[Array, 'B N D'],
     mask_D: Float[Array, 'D'] | None = None,
   ) -> Float[Array, 'B C']:
-    """Logits in float32, from the mean of the patches or the class token."""
-    x = self.norm(x_BND, mask_D).astype(jnp.float32)
-    pooled = jnp.mean(x[:, 1:], axis=1) if self.pool == 'mean' else x[:, 0]
-    return _dense(pooled, self.kernel.get_value(), self.bias.get_value())
+    """Logits in float32; without classes, the pooled features (`C` = `D`)."""
+    x = self.features(x_BND, mask_D)
+    if self.pool == 'cls':
+      pooled_B1D = x[:, :1]
+    else:
+      pooled_B1D = jnp.mean(x[:, self.first_patch :], axis=1, keepdims=True)
+    if self.pool == 'fc_norm':
+      pooled_B1D = self.norm(pooled_B1D, mask_D)
+    if self.kernel is None:
+      return pooled_B1D[:, 0]
+    return _dense(
+      pooled_B1D[:, 0], self.kernel.get_value(), self.bias.get_value()
+    )
+
+  def features(
+    self,
+    x_BND: Float[Array, 'B N D'],
+    mask_D: Float[Array, 'D'] | None = None,
+  ) -> Float[Array, 'B N D']:
+    """All tokens in float32, normalized unless the norm follows the pooling."""
+    if self.pool != 'fc_norm':
+      x_BND = self.norm(x_BND, mask_D)
+    return x_BND.astype(jnp.float32)

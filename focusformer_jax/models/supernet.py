@@ -37,7 +37,7 @@ class Supernet(nnx.Module):
   Args:
     space: the choices.
     geometry: images and classes.
-    pool: 'mean' over patches, or 'cls'.
+    pool: as `layers.Head` takes it.
     drop_path: probability that the last layer's branches are dropped for an
       example; layer i of L drops with probability linspace(0, drop_path, L)[i].
     dtype: of the computation; parameters stay float32.
@@ -52,7 +52,7 @@ class Supernet(nnx.Module):
     space: search_space.SearchSpace,
     geometry: search_space.Geometry,
     *,
-    pool: Literal['mean', 'cls'] = 'mean',
+    pool: Literal['mean', 'cls', 'fc_norm'] = 'mean',
     drop_path: float = 0.0,
     dtype: jax.typing.DTypeLike = jnp.float32,
     execution: str = 'masked',
@@ -65,14 +65,7 @@ class Supernet(nnx.Module):
     self.dtype = jnp.dtype(dtype)
     self.execution = execution
     embed_dim = space.embed_dim[-1]
-    self.stem = layers.Stem(
-      embed_dim,
-      geometry.grid,
-      geometry.patch_size,
-      geometry.channels,
-      std=init_std,
-      rngs=rngs,
-    )
+    self.stem = layers.Stem(embed_dim, geometry, std=init_std, rngs=rngs)
 
     # Modules are plain pytrees here: no shared references, no mutation.
     @nnx.vmap(graph=False, graph_updates=False)
@@ -82,16 +75,13 @@ class Supernet(nnx.Module):
         space.num_heads[-1],
         int(space.mlp_dims.max()),
         space.head_dim,
-        geometry.grid,
-        geometry.max_relative_position,
+        geometry,
         std=init_std,
         rngs=rngs,
       )
 
     self.blocks = blocks(rngs.split(space.num_layers))
-    self.head = layers.Head(
-      embed_dim, geometry.num_classes, pool, std=init_std, rngs=rngs
-    )
+    self.head = layers.Head(embed_dim, geometry, pool, std=init_std, rngs=rngs)
 
   def __call__(
     self,
@@ -186,7 +176,23 @@ class Supernet(nnx.Module):
       )
     return logits.reshape(B, -1)
 
+  def features(
+    self,
+    images_BHWC: Float[Array, 'B height width C'],
+    arch: search_space.Architecture,
+  ) -> Float[Array, 'B N D']:
+    """All tokens after the last layer, as `layers.Head.features` gives them.
+
+    Features beyond the width of the subnet `arch`, which may be traced, are 0.
+    """
+    return self.head.features(*self._tokens(images_BHWC, arch, None))
+
   def _run(self, images_BHWC, arch, keep):
+    with layers.matmul_precision(self.dtype):
+      return self.head(*self._tokens(images_BHWC, arch, keep))
+
+  def _tokens(self, images_BHWC, arch, keep):
+    """Tokens after the last layer, and the mask of their live features."""
     scanned = (
       self.blocks,
       self.space.live_layers(arch.depth),
@@ -222,7 +228,7 @@ class Supernet(nnx.Module):
       return x, None
 
     x_BND, _ = jax.lax.scan(layer, x_BND, scanned)
-    return self.head(x_BND, mask_D)
+    return x_BND, mask_D
 
   def _switched(self, x_BND, embed, scanned):
     space, D = self.space, x_BND.shape[-1]
@@ -261,7 +267,7 @@ class Supernet(nnx.Module):
 
     x_BND, _ = jax.lax.scan(layer, x_BND, scanned)
     width = jnp.asarray(space.embed_dim)[embed]
-    return self.head(x_BND, layers.prefix_mask(width, D))
+    return x_BND, layers.prefix_mask(width, D)
 
 
 def branch_sizes(

@@ -56,7 +56,7 @@ class VisionTransformer(nnx.Module):
     key: jax.Array | None = None,
     drop_path: float = 0.0,
   ) -> Float[Array, 'B C']:
-    """Logits of normalized images.
+    """Logits of normalized images; pooled features if there are no classes.
 
     Args:
       images_BHWC: Normalized images.
@@ -65,17 +65,32 @@ class VisionTransformer(nnx.Module):
       drop_path: Probability of dropping a branch of the last layer for an
         example; it grows linearly from 0 at the first layer.
     """
+    with layers.matmul_precision(self.dtype):
+      return self.head(self._tokens(images_BHWC, key, drop_path))
+
+  def features(
+    self, images_BHWC: Float[Array, 'B height width channels']
+  ) -> Float[Array, 'B N D']:
+    """All tokens after the last layer, as `layers.Head.features` gives them."""
+    with layers.matmul_precision(self.dtype):
+      return self.head.features(self._tokens(images_BHWC))
+
+  def _tokens(
+    self,
+    images_BHWC: Float[Array, 'B height width channels'],
+    key: jax.Array | None = None,
+    drop_path: float = 0.0,
+  ) -> Float[Array, 'B N D']:
     run, keep = layers.Block.__call__, None
     if key is not None:
       run = jax.checkpoint(run)
       keep = layers.keep_branches(
         key, drop_path, len(self.blocks), len(images_BHWC), self.dtype
       )
-    with layers.matmul_precision(self.dtype):
-      x_BND = self.stem(images_BHWC.astype(self.dtype))
-      for i, block in enumerate(self.blocks):
-        x_BND = run(block, x_BND, None if keep is None else keep[i])
-      return self.head(x_BND)
+    x_BND = self.stem(images_BHWC.astype(self.dtype))
+    for i, block in enumerate(self.blocks):
+      x_BND = run(block, x_BND, None if keep is None else keep[i])
+    return x_BND
 
 
 def extract(
@@ -117,7 +132,7 @@ def create(
     architecture: Choices as `SearchSpace.to_json` writes them, of any space.
     geometry: Images and classes.
     head_dim: Channels of an attention head.
-    pool: 'mean' over patches, or 'cls'.
+    pool: Pooling as `layers.Head` takes it.
     dtype: Type of the computation; parameters are float32.
     init_std: Standard deviation of the initial weights, as in the supernet.
     rngs: Random streams for the initial parameters.
@@ -127,28 +142,20 @@ def create(
     architecture['num_heads'], architecture['mlp_ratio'], strict=True
   )
   return VisionTransformer(
-    layers.Stem(
-      width,
-      geometry.grid,
-      geometry.patch_size,
-      geometry.channels,
-      std=init_std,
-      rngs=rngs,
-    ),
+    layers.Stem(width, geometry, std=init_std, rngs=rngs),
     [
       layers.Block(
         width,
         heads,
         search_space.SearchSpace.mlp_dim(width, ratio),
         head_dim,
-        geometry.grid,
-        geometry.max_relative_position,
+        geometry,
         std=init_std,
         rngs=rngs,
       )
       for heads, ratio in choices
     ],
-    layers.Head(width, geometry.num_classes, pool, std=init_std, rngs=rngs),
+    layers.Head(width, geometry, pool, std=init_std, rngs=rngs),
     geometry,
     dtype,
   )

@@ -137,7 +137,7 @@ def macs(
 ) -> CostTable:
   """Multiply-adds of one image, in all matrix products and convolutions.
 
-  Attention runs over patches + 1 tokens. Relative-position terms do not count
+  Attention runs over all tokens. Relative-position terms do not count
   (`true_macs_without_relpos` of the reference data).
   """
   embed_E, embed_E1, q_1H, mlp_ER = _choices(space)
@@ -159,12 +159,13 @@ def params(
   """Parameters of the extracted subnet, as the reference counts them."""
   embed_E, embed_E1, q_1H, mlp_ER = _choices(space)
   patch = geometry.channels * geometry.patch_size**2
-  # Patch embedding and its bias, class token and positions, final norm, head.
-  stem_E = embed_E * (
-    patch + 1 + geometry.num_tokens + 1 + 2 + geometry.num_classes
-  )
+  # Class token and registers; a position for each token but the registers.
+  tokens = geometry.first_patch + geometry.num_patches + geometry.class_token
+  # Patch embedding and its bias, tokens and positions, final norm, head.
+  stem_E = embed_E * (patch + 1 + tokens + 2 + geometry.num_classes)
   # Keys and values, rows and columns: four tables of 2m + 2 vectors.
-  tables = 4 * (2 * geometry.max_relative_position + 2) * space.head_dim
+  distance = geometry.max_relative_position
+  tables = 4 * (2 * distance + 2) * space.head_dim if distance else 0
   return CostTable(
     name='params',
     label='parameters',

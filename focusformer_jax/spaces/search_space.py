@@ -31,13 +31,28 @@ class Architecture(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-  """What surrounds a space: the images that go in, the classes that come out.
+  """What all subnets of a supernet share: images, tokens, classes.
 
-  `max_relative_position` clips the distance, in patches along one axis, that
-  attention tells apart (the reference's m).
+  The defaults are AutoFormer's. Other vision transformers differ in these
+  properties alone.
+
+  Args:
+    image_size: Pixels along one side of a square image.
+    patch_size: Pixels along one side of a patch.
+    channels: Channels of an image.
+    num_classes: Number of logits; 0 for a network without a head, which
+      returns the pooled features.
+    max_relative_position: Largest distance, in patches along one axis, that
+      attention tells apart (the reference's m). 0 stands for the attention of
+      other vision transformers: no relative position, and biases that belong
+      to their head in every subnet.
+    class_token: Whether a class token comes before the patches.
+    registers: Number of register tokens, between the class token and the
+      patches (arXiv 2309.16588).
+    norm_eps: Epsilon of every layer normalization.
 
   Raises:
-    ValueError: the patch does not divide the image, or a size is not positive.
+    ValueError: The patch does not divide the image, or a value is too small.
   """
 
   image_size: int
@@ -45,12 +60,23 @@ class Geometry:
   channels: int
   num_classes: int
   max_relative_position: int = 14
+  class_token: bool = True
+  registers: int = 0
+  norm_eps: float = 1e-5
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if value < 1:
-        raise ValueError(f'{field.name}: wanted at least 1, found {value}')
+    for name in ('image_size', 'patch_size', 'channels'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'{name}: wanted at least 1, found {getattr(self, name)}'
+        )
+    for name in ('num_classes', 'max_relative_position', 'registers'):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f'{name}: wanted at least 0, found {getattr(self, name)}'
+        )
+    if not self.norm_eps > 0:
+      raise ValueError(f'norm_eps: wanted more than 0, found {self.norm_eps}')
     if self.image_size % self.patch_size:
       raise ValueError(
         f'patch_size: wanted a divisor of image_size={self.image_size}, '
@@ -67,9 +93,14 @@ class Geometry:
     return self.grid**2
 
   @property
+  def first_patch(self) -> int:
+    """Tokens before the patches: class token and registers."""
+    return self.class_token + self.registers
+
+  @property
   def num_tokens(self) -> int:
-    """Patches and the class token."""
-    return self.num_patches + 1
+    """Class token, registers and patches."""
+    return self.first_patch + self.num_patches
 
 
 def live_layers(

@@ -14,7 +14,7 @@ from focusformer_jax.models import layers
 Weights = TypeVar('Weights')
 
 # Weight decay skips these, as in AutoFormer's recipe, and all vectors.
-UNDECAYED = ('position', 'class_token')
+UNDECAYED = ('position', 'class_token', 'registers')
 
 
 class Trained(NamedTuple, Generic[Weights]):
@@ -89,7 +89,7 @@ def decayed(params: Weights) -> Any:
   def decide(path, param):
     return (
       len(param.axes) > 1
-      and param.axes[0] != 'heads3'  # The stacked biases of attention.
+      and param.axes[0] not in ('heads3', 'qkv')  # Biases of attention.
       and path[-1].name not in UNDECAYED
     )
 
