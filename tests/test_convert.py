@@ -16,6 +16,7 @@ from benchmarks import parity
 from focusformer_jax import errors
 from focusformer_jax.models import autoformer
 from focusformer_jax.models import vit
+from focusformer_jax.models import weight_files
 from tests.conftest import DATA
 
 CASES = ('parity_small', 'parity_unmodified')
@@ -47,7 +48,7 @@ def test_weights_survive_a_round_trip(case, tmp_path):
   assert found.keys() == wanted.keys()
   for name, array in wanted.items():
     np.testing.assert_array_equal(found[name], array, err_msg=name)
-  assert_same(autoformer.from_autoformer(autoformer.read(path), net), net)
+  assert_same(autoformer.from_autoformer(weight_files.read(path), net), net)
 
 
 def test_subnet_reads_prefixes_of_its_supernet(small):
@@ -102,7 +103,7 @@ def test_more_classes_or_patches_are_refused(small, name, axis):
 
 def read(path):
   with pytest.raises(errors.UserError) as error:
-    autoformer.read(epath.Path(path))
+    weight_files.read(epath.Path(path))
   assert '\n' not in str(error.value)
   return str(error.value)
 
@@ -121,7 +122,7 @@ def test_numbers_of_any_type_are_read_as_float32(dtype, tmp_path):
   path = epath.Path(tmp_path) / 'x.safetensors'
   array = np.array([[1, -2], [96, 0]], dtype)
   path.write_bytes(safetensors.numpy.save({'w': array}))
-  found = autoformer.read(path)['w']
+  found = weight_files.read(path)['w']
   assert found.dtype == np.float32
   np.testing.assert_array_equal(found, array.astype(np.float32))
 
@@ -166,7 +167,7 @@ def test_torch_files_are_read(small, tmp_path):
   path = epath.Path(tmp_path) / 'x.pth'
   for saved in (tensors, {'model': tensors}):
     torch.save(saved, path)
-    assert_same(autoformer.from_autoformer(autoformer.read(path), net), net)
+    assert_same(autoformer.from_autoformer(weight_files.read(path), net), net)
   for other in ([1], {'model': 1}):
     torch.save(other, path)
     assert read(path).startswith('wanted tensors alone in')

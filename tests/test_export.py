@@ -32,6 +32,7 @@ from focusformer_jax.deploy import export
 from focusformer_jax.deploy import predict_template
 from focusformer_jax.models import autoformer
 from focusformer_jax.models import vit
+from focusformer_jax.models import weight_files
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import train
 from tests.conftest import GEOMETRY, TINY, make_supernet
@@ -101,7 +102,7 @@ def test_frozen_supernet_does_not_change_while_its_sampler_learns(job):
   assert int(state.step) == 3
   start = experiment.init_state()
   wanted = autoformer.from_autoformer(
-    autoformer.read(job.initial), start.supernet
+    weight_files.read(job.initial), start.supernet
   )
   for net in (state.supernet, state.average, start.supernet):
     for a, b in zip(jax.tree.leaves(net), jax.tree.leaves(wanted), strict=True):

@@ -16,6 +16,7 @@ from focusformer_jax import sharding
 from focusformer_jax import stages
 from focusformer_jax.deploy import retrain
 from focusformer_jax.models import layers
+from focusformer_jax.models import positions
 from focusformer_jax.models import vit
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import experiment as experiment_lib
@@ -92,7 +93,7 @@ def test_transfer_to_other_classes_takes_the_new_head(network):
 def test_resize_positions_interpolates_and_keeps_the_class_token():
   ramp = np.arange(8.0)
   position = np.concatenate([[99.0], np.repeat(ramp, 8)])[:, None]
-  found = np.asarray(retrain.resize_positions(position, 8, 16))[:, 0]
+  found = np.asarray(positions.resize(position, 8, 16))[:, 0]
   assert found[0] == 99
   rows = found[1:].reshape(16, 16)
   # Twice as fine, centers half a patch off: 0.25 before and behind each one.

@@ -20,7 +20,7 @@ import flax
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 import numpy as np
 import optax
 
@@ -31,6 +31,7 @@ from focusformer_jax import sharding
 from focusformer_jax import text_table
 from focusformer_jax.data import augment
 from focusformer_jax.models import layers
+from focusformer_jax.models import positions
 from focusformer_jax.models import vit
 from focusformer_jax.search import fingerprint
 from focusformer_jax.spaces import search_space
@@ -225,27 +226,18 @@ def transfer(
   resized = before.grid != after.grid
   distances = carried_distances(before.grid, before.max_relative_position)
   for name, param in layers.named_params(new).items():
+    if name not in old:  # A head where there was none.
+      arrays[name] = param.get_value()
+      continue
     value = old[name].get_value()
     if resized and name == 'stem.position':
-      value = resize_positions(value, before.grid, after.grid)
+      value = positions.resize(value, before.grid, after.grid)
     elif resized and '.position_' in name:
       value = value[distances]
     elif name.startswith('head.') and value.shape != param.shape:
       value = param.get_value()
     arrays[name] = value
   return layers.replace_params(new, arrays)
-
-
-def resize_positions(
-  position: Float[Array, '1+G*G D'], grid: int, new_grid: int
-) -> Float[Array, '1+G*G D']:
-  """Interpolates over the grid (cubic); the class token, first, is kept."""
-  token, patches = position[:1], position[1:]
-  width = position.shape[-1]
-  patches = jax.image.resize(
-    patches.reshape(grid, grid, width), (new_grid, new_grid, width), 'cubic'
-  )
-  return jnp.concatenate([token, patches.reshape(-1, width)])
 
 
 def carried_distances(grid: int, max_distance: int) -> Int[np.ndarray, 'T']:

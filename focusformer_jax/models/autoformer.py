@@ -8,19 +8,15 @@ supernet, of which the subnet reads prefixes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-import io
 import itertools
-import re
 from typing import Any, TypeVar
 
 from etils import epath
 from flax import nnx
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from focusformer_jax import errors
 from focusformer_jax.models import layers
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
@@ -257,78 +253,6 @@ def _prefix(
       f'found {array.shape}'
     )
   return array[tuple(map(slice, wanted))]
-
-
-# How types begin in safetensors files, and in NumPy.
-TYPES = {'F': 'float', 'BF': 'bfloat', 'I': 'int', 'U': 'uint'}
-
-
-def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
-  # `safetensors.numpy.load` knows no bfloat16.
-  try:
-    tensors = safetensors.deserialize(path.read_bytes())
-  except safetensors.SafetensorError as error:
-    raise errors.UserError(
-      f'wanted safetensors in {path}, found {errors.first_line(error)}'
-    ) from error
-  arrays = {}
-  for name, tensor in tensors:
-    parts = re.fullmatch('([A-Z]+)([0-9]+)', tensor['dtype'])
-    if not parts or parts[1] not in TYPES:
-      raise errors.UserError(
-        f'wanted floating-point numbers in {path}, found {tensor["dtype"]} '
-        f'under {name!r}'
-      )
-    dtype = np.dtype(f'{TYPES[parts[1]]}{parts[2]}')
-    array = np.frombuffer(tensor['data'], dtype).reshape(tensor['shape'])
-    arrays[name] = array.astype(np.float32)
-  return arrays
-
-
-def read(path: epath.Path) -> dict[str, np.ndarray]:
-  """Reads a state dict from a `.safetensors` or a `.pth` file, as float32.
-
-  Nothing in a file is executed. A `.pth` file takes torch to read; it must hold
-  nothing but tensors, either by name or, as AutoFormer saves them, below a key
-  'model'.
-
-  Raises:
-    UserError: There is no such file, torch is missing, or the file holds
-      anything but tensors of numbers.
-  """
-  if not path.exists():
-    raise errors.UserError(f'wanted a file of weights, found none at {path}')
-  if path.suffix == '.safetensors':
-    return _read_safetensors(path)
-  try:
-    import torch  # Only here.
-  except ImportError as error:
-    raise errors.UserError(
-      f'wanted torch to read {path}, found none; pip install torch, or make a '
-      '.safetensors file of it where torch is'
-    ) from error
-
-  def refuse(found: str) -> errors.UserError:
-    return errors.UserError(
-      f'wanted tensors alone in {path}, found {found}; where you trust the '
-      "file, save its 'model' by itself"
-    )
-
-  try:
-    loaded = torch.load(io.BytesIO(path.read_bytes()), 'cpu', weights_only=True)
-  except Exception as error:  # torch raises anything on what it cannot read.
-    unsafe = re.search(r'GLOBAL (\S+)', str(error))
-    raise refuse(unsafe[1] if unsafe else errors.first_line(error)) from error
-  if isinstance(loaded, dict) and isinstance(loaded.get('model'), dict):
-    loaded = loaded.pop('model') | loaded
-  if not isinstance(loaded, dict):
-    raise refuse(type(loaded).__name__)
-  for name, value in loaded.items():
-    if not isinstance(value, torch.Tensor):
-      raise refuse(f'{type(value).__name__} under {name!r}')
-  return {
-    name: tensor.to(torch.float32).numpy() for name, tensor in loaded.items()
-  }
 
 
 def write(network: Network, path: epath.Path) -> None:

@@ -17,6 +17,7 @@ from focusformer_jax import sharding
 from focusformer_jax.data import datasets
 from focusformer_jax.models import autoformer
 from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.models import weight_files
 from focusformer_jax.sampler import conditional
 from focusformer_jax.sampler import cost_bins
 from focusformer_jax.sampler import policy as policy_lib
@@ -234,7 +235,7 @@ class Experiment:
     if not initial:
       return state
     try:
-      weights = autoformer.read(epath.Path(initial))
+      weights = weight_files.read(epath.Path(initial))
       net = autoformer.from_autoformer(weights, state.supernet)
     except (errors.UserError, ValueError) as error:
       raise errors.UserError(f'config.train.initial: {error}') from error
