@@ -58,7 +58,7 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
       '.safetensors file of it where torch is'
     ) from error
 
-  def refuse(found) -> errors.UserError:
+  def refuse(found: str) -> errors.UserError:
     return errors.UserError(
       f'wanted tensors alone in {path}, found {found}; where you trust the '
       "file, save its 'model' by itself"
