@@ -204,6 +204,19 @@ class Supernet(schema.Section):
     'computes live slices only, and `auto` chooses by the devices.',
     choices=('auto', 'masked', 'switched'),
   )
+  attention: str = key(
+    'auto',
+    '`einsum` runs everywhere, `cudnn` in bfloat16 on NVIDIA GPUs, `pallas` on '
+    'TPUs, and `auto` chooses by the devices.',
+    choices=('auto', 'einsum', 'cudnn', 'pallas'),
+  )
+  remat: str = key(
+    'auto',
+    'What the backward pass of masked execution computes again: each branch of '
+    'a layer in `full`, all but its products with weights in `dots`, or '
+    'nothing in `none`; `auto` chooses by the devices.',
+    choices=('auto', 'full', 'dots', 'none'),
+  )
   init_std: float = key(
     0.1,
     'Standard deviation of the initial weights. 0.02 suits widths of several '

@@ -180,3 +180,53 @@ def test_collectives_are_those_of_the_parameters(execution, shape, images):
     else {'all-reduce': 1}
   )
   assert collections.Counter(collectives) == wanted
+
+
+def test_execution_model_gives_the_compilers_estimates_for_tiny():
+  costs = supernet_lib.relative_costs(search_space.TINY, 197, 128, 8000)
+  switched = supernet_lib.SWITCH_OVERHEAD * costs
+  # Cycle estimates for a v5e: the mean subnet, and the worst of eight.
+  assert switched.mean() == pytest.approx(1.07, abs=0.05)
+  assert switched.reshape(-1, 8).max(1).mean() == pytest.approx(1.16, abs=0.05)
+  assert costs.max() <= 1
+
+
+@pytest.mark.parametrize(
+  ('space', 'tokens', 'platform', 'subnets', 'wanted'),
+  [
+    ('tiny', 197, 'cpu', 8, 'switched'),
+    ('tiny', 197, 'tpu', 1, 'masked'),
+    ('tiny', 197, 'tpu', 8, 'masked'),
+    ('pixels32', 65, 'tpu', 1, 'switched'),
+  ],
+)
+def test_auto_execution(space, tokens, platform, subnets, wanted):
+  space = search_space.NAMED[space]
+  found = supernet_lib.choose_execution(space, tokens, platform, subnets)
+  assert found == wanted
+
+
+@pytest.mark.parametrize('offset', [0.0, 1e4])
+@pytest.mark.parametrize('outlier', [0.0, 1e3])
+def test_layer_norm_in_one_pass_is_precise(offset, outlier):
+  x = np.random.default_rng(0).normal(size=(4, 50, 256)) + offset
+  x[..., 0] += outlier  # The feature that distances are from.
+  x = x.astype(np.float32).astype(np.float64)
+  live = 200
+  mask = (np.arange(256) < live).astype(np.float32)
+  centered = x - x[..., :live].mean(-1, keepdims=True)
+  variance = np.square(centered[..., :live]).mean(-1, keepdims=True)
+  wanted = mask * centered / np.sqrt(variance + 1e-5)
+  found = layers.LayerNorm(256)(x.astype(np.float32), mask)
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('remat', supernet_lib.KEPT)
+def test_gradients_do_not_depend_on_rematerialization(remat, images):
+  arch = TINY.middle()
+  loss = jax.jit(
+    jax.value_and_grad(lambda net: (net(images[:2], arch) ** 2).sum())
+  )
+  found, wanted = (loss(make_supernet(remat=name)) for name in (remat, 'full'))
+  for one, other in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)

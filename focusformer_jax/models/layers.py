@@ -6,8 +6,8 @@ only that prefix. Every parameter names its axes, so `take` can cut a smaller
 part out of a larger one. Extracted networks are built of the same parts.
 
 Letters: `B` batch, `N` tokens, `D` width, `F` MLP width, `H` heads, `K` head
-dim, `G` patches along one side, `C` classes, `T` entries of a distance table,
-`L` layers.
+dim, `G` patches along one side, `R` features of relative position, `C` classes,
+`T` entries of a distance table, `L` layers.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from focusformer_jax.models import attention as attention_lib
 from focusformer_jax.spaces import search_space
 
 Module = TypeVar('Module', bound=nnx.Module)
@@ -105,9 +106,14 @@ def take(module: Module, sizes: dict[str, int]) -> Module:
   return jax.tree.map(cut, module, is_leaf=is_param)
 
 
-def prefix_mask(live: Int[Array, ''], size: int) -> Float[Array, 'D']:
-  """1 for the first `live` entries, 0 beyond; `live` may be traced."""
-  return (jnp.arange(size) < live).astype(jnp.float32)
+def prefix_mask(live: Int[Array, '*B'], size: int) -> Float[Array, '*B 1 size']:
+  """1 for the first `live` entries, 0 beyond, alike for all tokens.
+
+  Args:
+    live: may be traced; one number, or one an example.
+    size: of the last axis.
+  """
+  return (jnp.arange(size) < live[..., None, None]).astype(jnp.float32)
 
 
 class LayerNorm(nnx.Module):
@@ -121,27 +127,44 @@ class LayerNorm(nnx.Module):
   def __call__(
     self,
     x_BND: Float[Array, 'B N D'],
-    mask_D: Float[Array, 'D'] | None = None,
+    mask_D: Float[Array, '*B 1 D'] | None = None,
   ) -> Float[Array, 'B N D']:
-    """Normalizes in float32; features where `mask_D` is 0 come out as 0."""
+    """Normalizes in float32; features where `mask_D` is 0 come out as 0.
+
+    Both moments are sums of one pass over x - x_0, the distances from the first
+    feature, which is always live. For any input (x_0 - mean)^2 is at most
+    live * variance, so what the difference of the moments cancels stays below
+    `live` roundings.
+    """
     x = x_BND.astype(jnp.float32)
     scale, bias = self.scale.get_value(), self.bias.get_value()
-    if mask_D is None:
-      mean = jnp.mean(x, -1, keepdims=True)
-      centerd = x - mean
-      variance = jnp.mean(jnp.square(centerd), -1, keepdims=True)
-    else:
-      live = jnp.sum(mask_D)
-      mean = jnp.sum(x * mask_D, -1, keepdims=True) / live
-      centerd = (x - mean) * mask_D
-      variance = jnp.sum(jnp.square(centerd), -1, keepdims=True) / live
-      bias = bias * mask_D
-    normed = centerd * (jax.lax.rsqrt(variance + self.eps) * scale)
+    # The result does not depend on it, so neither does the gradient.
+    x -= jax.lax.stop_gradient(x[..., :1])
+    live = x.shape[-1]
+    if mask_D is not None:
+      live = jnp.sum(mask_D, -1, keepdims=True)
+      x *= mask_D
+      scale, bias = scale * mask_D, bias * mask_D
+    mean = jnp.sum(x, -1, keepdims=True) / live
+    square = jnp.sum(jnp.square(x), -1, keepdims=True) / live
+    variance = jnp.maximum(square - jnp.square(mean), 0)
+    normed = (x - mean) * (jax.lax.rsqrt(variance + self.eps) * scale)
     return (normed + bias).astype(x_BND.dtype)
 
 
 def _dense(x: Array, kernel: Array, bias: Array) -> Array:
   return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+
+
+def look_up(
+  table: Float[Array, 'T K'], index: Int[Array, '*i']
+) -> Float[Array, '*i K']:
+  """`table[index]` by a product with one-hot vectors.
+
+  A TPU gathers one index after another, and so does the gradient, a scatter.
+  """
+  one_hot = (index[..., None] == jnp.arange(len(table))).astype(table.dtype)
+  return jnp.tensordot(one_hot, table, 1, precision='highest')
 
 
 class RelativePosition(nnx.Module):
@@ -176,13 +199,18 @@ def token_coordinates(grid: int, tokens: int) -> Int[np.ndarray, '2 N']:
   return np.concatenate([first, patches], axis=1)
 
 
-def _one_hot_coordinates(
-  grid: int, tokens: int
-) -> Float[np.ndarray, 'N 2*(G+1)']:
-  """Row, then column of every token as one-hot vectors."""
+def position_features(grid: int) -> int:
+  """R: a row and a column of each kind, padded for cuDNN's kernels."""
+  return math.ceil(2 * (grid + 1) / 8) * 8
+
+
+def one_hot_coordinates(grid: int, tokens: int) -> Float[np.ndarray, 'N R']:
+  """Row, then column of every token as one-hot vectors, then zeros."""
   rows, columns = token_coordinates(grid, tokens)
   one_hot = np.eye(grid + 1)
-  return np.concatenate([one_hot[rows], one_hot[columns]], axis=-1)
+  coordinates = np.concatenate([one_hot[rows], one_hot[columns]], axis=-1)
+  padding = position_features(grid) - coordinates.shape[1]
+  return np.pad(coordinates, ((0, 0), (0, padding)))
 
 
 class Attention(nnx.Module):
@@ -240,61 +268,90 @@ class Attention(nnx.Module):
   def __call__(
     self,
     x_BND: Float[Array, 'B N D'],
-    num_heads: Int[Array, ''] | None = None,
+    num_heads: Int[Array, '*B'] | None = None,
+    attend: Callable[..., attention_lib.Results] = attention_lib.einsum,
   ) -> Float[Array, 'B N D']:
-    """Attends; heads beyond `num_heads` (all live if None) give nothing."""
+    """Attends; heads beyond `num_heads` (all live if None) give nothing.
+
+    Args:
+      x_BND: normalized tokens.
+      num_heads: live heads, of all examples or of each.
+      attend: one of `attention.IMPLEMENTATIONS`.
+    """
     dtype = x_BND.dtype
     batch, tokens, width = x_BND.shape
     _, H, K = self.query.shape
-    bias_3HK = self.bias.get_value()
-    if self.max_distance:
-      live = H if num_heads is None else num_heads
-      bias_3HK = bias_3HK[jnp.arange(3)[:, None] * live + jnp.arange(H)]
+    bias, live_B = self.bias.get_value(), None
+    if num_heads is None:
+      bias = bias.reshape(3, H, K)
+    else:
+      live_B = jnp.broadcast_to(num_heads, batch)
+      if self.max_distance:
+        # Heads may differ by example, and then so do the rows.
+        first = jnp.arange(3)[:, None] * num_heads[..., None, None]
+        bias = look_up(bias, first + jnp.arange(H))
     x = x_BND.reshape(batch * tokens, width)
 
-    def project(kernel, bias_HK):
-      y = _dense(x, kernel.reshape(width, H * K), bias_HK.reshape(H * K))
-      return y.reshape(batch, tokens, H, K).swapaxes(1, 2)
+    def project(kernel, bias):
+      y = x @ kernel.get_value().reshape(width, H * K).astype(dtype)
+      # One bias for all examples, or one each, and alike for all tokens.
+      bias = bias[..., None, :, :].astype(dtype)
+      return y.reshape(batch, tokens, H, K) + bias
 
-    q_BHNK = project(self.query.get_value(), bias_3HK[0])
-    k_BHNK = project(self.key.get_value(), bias_3HK[1])
-    v_BHNK = project(self.value.get_value(), bias_3HK[2])
-    logits = jnp.einsum('bhnk,bhmk->bhnm', q_BHNK, k_BHNK)
-    if self.max_distance:
-      coordinates_NG = jnp.asarray(
-        _one_hot_coordinates(self.grid, tokens), dtype
-      )
-      seen_NGK = self._seen_vectors(self.position_key, tokens, dtype)
-      q_near = jnp.einsum('bhnk,ngk->bhng', q_BHNK, seen_NGK)
-      logits += jnp.einsum('bhng,mg->bhnm', q_near, coordinates_NG)
-    attention = jax.nn.softmax(logits.astype(jnp.float32) * K**-0.5).astype(
-      dtype
+    q_BNHK, k_BNHK, v_BNHK = (
+      project(kernel, bias[..., i, :, :])
+      for i, kernel in enumerate((self.query, self.key, self.value))
     )
-    out = jnp.einsum('bhnm,bhmk->bhnk', attention, v_BHNK)
     if self.max_distance:
-      near = jnp.einsum('bhnm,mg->bhng', attention, coordinates_NG)
-      seen_NGK = self._seen_vectors(self.position_value, tokens, dtype)
-      out += jnp.einsum('bhng,ngk->bhnk', near, seen_NGK)
-    if num_heads is not None:
-      out *= prefix_mask(num_heads, H)[:, None, None].astype(dtype)
+      coordinates_NR = jnp.asarray(
+        one_hot_coordinates(self.grid, tokens), dtype
+      )
+      seen_NRK = self._seen_vectors(self.position_key, tokens, dtype)
+      near_BNHR = jnp.einsum('bnhk,nrk->bnhr', q_BNHK, seen_NRK)
+    else:
+      coordinates_NR = jnp.zeros((tokens, 0), dtype)
+      near_BNHR = jnp.zeros((batch, tokens, H, 0), dtype)
+    out, summed_BNHR = attend(
+      q_BNHK, near_BNHR, k_BNHK, v_BNHK, coordinates_NR, live_B
+    )
+    if self.max_distance:
+      seen_NRK = self._seen_vectors(self.position_value, tokens, dtype)
+      out += jnp.einsum('bnhr,nrk->bnhk', summed_BNHR, seen_NRK)
     out = _dense(
-      out.swapaxes(1, 2).reshape(batch * tokens, H * K),
+      out.reshape(batch * tokens, H * K),
       self.out.get_value().reshape(H * K, width),
       self.out_bias.get_value(),
     )
     return out.reshape(batch, tokens, width)
 
-  def _seen_vectors(self, position: RelativePosition, tokens: int, dtype):
-    """For each query token, the vectors of every key row, then column."""
-    index = distance_index(self.grid, self.max_distance)
-    rows, columns = token_coordinates(self.grid, tokens)
-    return jnp.concatenate(
-      [
-        position.rows.get_value()[index[rows]],
-        position.columns.get_value()[index[columns]],
-      ],
-      axis=1,
-    ).astype(dtype)
+  def _seen_vectors(
+    self, position: RelativePosition, tokens: int, dtype: jax.typing.DTypeLike
+  ) -> Float[Array, 'N R K']:
+    """For each query, the vectors of every key row, then column, then zeros."""
+    grid = self.grid
+    index = jnp.asarray(distance_index(grid, self.max_distance))
+    rows, columns = (
+      look_up(table.get_value(), index)
+      for table in (position.rows, position.columns)
+    )
+    places = grid, grid, *rows.shape[1:]
+
+    def others_first(place, patches):
+      """The vectors of all before the patches, such as the class token."""
+      others = tokens - grid**2, *place.shape[1:]
+      return jnp.concatenate(
+        [
+          jnp.broadcast_to(place[-1], others),
+          patches.reshape(grid**2, *place.shape[1:]),
+        ]
+      )
+
+    # Every patch has the vectors of its row, and those of its column.
+    rows = others_first(rows, jnp.broadcast_to(rows[:-1, None], places))
+    columns = others_first(columns, jnp.broadcast_to(columns[:-1], places))
+    padding = position_features(grid) - 2 * (grid + 1)
+    seen = jnp.concatenate([rows, columns], axis=1)
+    return jnp.pad(seen, ((0, 0), (0, padding), (0, 0))).astype(dtype)
 
 
 def _gelu(x: Array) -> Array:
@@ -316,7 +373,7 @@ class Mlp(nnx.Module):
   def __call__(
     self,
     x_BND: Float[Array, 'B N D'],
-    mlp_dim: Int[Array, ''] | None = None,
+    mlp_dim: Int[Array, '*B'] | None = None,
   ) -> Float[Array, 'B N D']:
     """Hidden features beyond `mlp_dim` (all live if None) give nothing."""
     batch, tokens, width = x_BND.shape
@@ -324,7 +381,9 @@ class Mlp(nnx.Module):
     hidden = _dense(x, self.up.get_value(), self.up_bias.get_value())
     hidden = _gelu(hidden)
     if mlp_dim is not None:
-      hidden *= prefix_mask(mlp_dim, hidden.shape[-1]).astype(x.dtype)
+      mask = prefix_mask(mlp_dim, hidden.shape[-1]).astype(x.dtype)
+      masked = hidden.reshape(batch, tokens, -1) * mask
+      hidden = masked.reshape(hidden.shape)
     out = _dense(hidden, self.down.get_value(), self.down_bias.get_value())
     return out.reshape(batch, tokens, width)
 
@@ -482,7 +541,7 @@ class Head(nnx.Module):
   def __call__(
     self,
     x_BND: Float[Array, 'B N D'],
-    mask_D: Float[Array, 'D'] | None = None,
+    mask_D: Float[Array, '*B 1 D'] | None = None,
   ) -> Float[Array, 'B C']:
     """Logits in float32; without classes, the pooled features (`C` = `D`)."""
     x = self.features(x_BND, mask_D)
@@ -501,7 +560,7 @@ class Head(nnx.Module):
   def features(
     self,
     x_BND: Float[Array, 'B N D'],
-    mask_D: Float[Array, 'D'] | None = None,
+    mask_D: Float[Array, '*B 1 D'] | None = None,
   ) -> Float[Array, 'B N D']:
     """All tokens in float32, normalized unless the norm follows the pooling."""
     if self.pool != 'fc_norm':

@@ -25,10 +25,18 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from focusformer_jax import sharding
+from focusformer_jax.models import attention as attention_lib
 from focusformer_jax.models import layers
 from focusformer_jax.spaces import search_space
 
 EXECUTIONS = ('masked', 'switched')
+
+# What `config.supernet.remat` keeps from the forward pass of a branch.
+KEPT = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'none': jax.checkpoint_policies.everything_saveable,
+}
 
 
 class Supernet(nnx.Module):
@@ -42,6 +50,8 @@ class Supernet(nnx.Module):
       example; layer i of L drops with probability linspace(0, drop_path, L)[i].
     dtype: of the computation; parameters stay float32.
     execution: 'masked' or 'switched'.
+    attention: a name of `attention.IMPLEMENTATIONS`.
+    remat: a name of `KEPT`; a switched branch is always computed again.
     init_std: of the normal distribution that all matrices, tables, positions
       and the class token start from; the reference's is 0.02.
     rngs: seeds of the initial parameters.
@@ -56,6 +66,8 @@ class Supernet(nnx.Module):
     drop_path: float = 0.0,
     dtype: jax.typing.DTypeLike = jnp.float32,
     execution: str = 'masked',
+    attention: str = 'einsum',
+    remat: str = 'full',
     init_std: float = 0.02,
     rngs: nnx.Rngs,
   ):
@@ -64,6 +76,8 @@ class Supernet(nnx.Module):
     self.drop_path = drop_path
     self.dtype = jnp.dtype(dtype)
     self.execution = execution
+    self.attention = attention
+    self.remat = remat
     embed_dim = space.embed_dim[-1]
     self.stem = layers.Stem(embed_dim, geometry, std=init_std, rngs=rngs)
 
@@ -99,6 +113,12 @@ class Supernet(nnx.Module):
     return self._run(
       images_BHWC, arch, self._keep_branches(key, len(images_BHWC))
     )
+
+  def executed(self, execution: str) -> 'Supernet':
+    """The same supernet with another way to run it."""
+    supernet = jax.tree.map(lambda leaf: leaf, self)
+    supernet.execution = execution
+    return supernet
 
   def grouped(
     self,
@@ -158,22 +178,19 @@ class Supernet(nnx.Module):
 
   def _run_groups(self, images_BHWC, archs, keep):
     S, B = archs.depth.shape[0], len(images_BHWC)
+    if S == 1:
+      # One subnet has one mask for all examples.
+      arch = jax.tree.map(lambda leaf: leaf[0], archs)
+      return self._run(images_BHWC, arch, keep)
+    if self.execution == 'masked':
+      archs_B = jax.tree.map(lambda leaf: jnp.repeat(leaf, B // S, 0), archs)
+      return self._run(images_BHWC, archs_B, keep)
+    # Under `vmap` a switch runs every branch, so the groups take turns.
     groups = images_BHWC.reshape(S, B // S, *images_BHWC.shape[1:])
     if keep is not None:
       keep = keep.reshape(*keep.shape[:2], S, B // S, 1, 1)
-    if S == 1:
-      # Without a batch of one: XLA does not see through it.
-      arch = jax.tree.map(lambda leaf: leaf[0], archs)
-      keep = None if keep is None else keep[:, :, 0]
-      return self._run(groups[0], arch, keep)
-    if self.execution == 'masked':
-      logits = jax.vmap(self._run, (0, 0, 2))(groups, archs, keep)
-    else:
-      # Under `vmap` a switch runs every branch, so the groups take turns.
-      keep = None if keep is None else jnp.moveaxis(keep, 2, 0)
-      logits = jax.lax.map(
-        lambda group: self._run(*group), (groups, archs, keep)
-      )
+      keep = jnp.moveaxis(keep, 2, 0)
+    logits = jax.lax.map(lambda group: self._run(*group), (groups, archs, keep))
     return logits.reshape(B, -1)
 
   def features(
@@ -188,21 +205,26 @@ class Supernet(nnx.Module):
     return self.head.features(*self._tokens(images_BHWC, arch, None))
 
   def _run(self, images_BHWC, arch, keep):
+    """Logits of one subnet, or, masked, of a subnet for each example."""
     with layers.matmul_precision(self.dtype):
       return self.head(*self._tokens(images_BHWC, arch, keep))
 
   def _tokens(self, images_BHWC, arch, keep):
     """Tokens after the last layer, and the mask of their live features."""
-    scanned = (
-      self.blocks,
-      self.space.live_layers(arch.depth),
-      (arch.num_heads, arch.mlp_ratio),
-      keep,
-    )
+    picks = arch.num_heads, arch.mlp_ratio
+    per_layer = self.space.live_layers(arch.depth), picks
+    per_layer = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), per_layer)
+    scanned = self.blocks, *per_layer, keep
     run = {'masked': self._masked, 'switched': self._switched}[self.execution]
     with layers.matmul_precision(self.dtype):
       x_BND = self.stem(images_BHWC.astype(self.dtype))
       return run(x_BND, arch.embed_dim, scanned)
+
+  def _apply(self, part, x_BND, live=None):
+    if isinstance(part, layers.Attention):
+      attend = attention_lib.IMPLEMENTATIONS[self.attention]
+      return part(x_BND, live, attend)
+    return part(x_BND, live)
 
   def _keep_branches(self, key, batch) -> Float[Array, 'L 2 B 1 1'] | None:
     return layers.keep_branches(
@@ -214,16 +236,20 @@ class Supernet(nnx.Module):
     width = jnp.asarray(space.embed_dim)[embed]
     mask_D = layers.prefix_mask(width, x_BND.shape[-1])
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    @functools.partial(
+      jax.checkpoint, prevent_cse=False, policy=KEPT[self.remat]
+    )
     def run(branch, x, live):
       norm, part = branch
-      return part(norm(x, mask_D), live)
+      return self._apply(part, norm(x, mask_D), live)
 
     def layer(x, scanned):
       block, alive, picks, keep = scanned
       for i, (_, sizes) in enumerate(branch_sizes(space)):
-        live = jnp.asarray(sizes)[embed, picks[i]]
-        scale = alive.astype(x.dtype) * (1 if keep is None else keep[i])
+        # Nothing lives in a dead layer, so a kernel has nothing to compute.
+        live = jnp.where(alive, jnp.asarray(sizes)[embed, picks[i]], 0)
+        scale = alive[..., None, None].astype(x.dtype)
+        scale *= 1 if keep is None else keep[i]
         x = x + scale * run(block.branches()[i], x, live)
       return x, None
 
@@ -239,7 +265,7 @@ class Supernet(nnx.Module):
       def run(branch, x):
         norm, part = layers.take(branch, sizes)
         with layers.matmul_precision(self.dtype):  # Backward too: `_switch`.
-          y = part(norm(x[..., : sizes['embed']]))
+          y = self._apply(part, norm(x[..., : sizes['embed']]))
         return jnp.pad(y, ((0, 0), (0, 0), (0, D - y.shape[-1])))
 
       return run
@@ -307,25 +333,84 @@ def _switch(index, branches, *operands):
   return run(index, *operands)
 
 
+# Switched over masked for the largest subnet on a TPU v5e, by its compiler's
+# cycle estimates for `tiny` at 128 images of 224x224: 134 ms over 104 ms.
+SWITCH_OVERHEAD = 1.29
+# Widths are padded to the lanes of a TPU's vectors. GPUs have smaller tiles;
+# nothing was measured or estimated there.
+TILE = {'tpu': 128, 'gpu': 64}
+
+
+def relative_costs(
+  space: search_space.SearchSpace, tokens: int, tile: int, count: int
+) -> Float[np.ndarray, 'count']:
+  """Costs of uniformly drawn subnets, of the largest's, in padded MACs."""
+  rng = np.random.default_rng(0)
+
+  def padded(size):
+    return -(-np.asarray(size) // tile) * tile
+
+  def layer_cost(width, heads, mlp):
+    features = heads * space.head_dim
+    attention = 4 * padded(width) * padded(features) + 2 * tokens * features
+    return attention + 2 * padded(width) * padded(mlp)
+
+  def draw(choices, shape):
+    return rng.integers(len(choices), size=shape)
+
+  L = space.num_layers
+  embed = draw(space.embed_dim, (count, 1))
+  heads = np.asarray(space.num_heads)[draw(space.num_heads, (count, L))]
+  mlp = space.mlp_dims[embed, draw(space.mlp_ratio, (count, L))]
+  depth = np.asarray(space.depth)[draw(space.depth, (count, 1))]
+  width = np.asarray(space.embed_dim)[embed]
+  costs = layer_cost(width, heads, mlp) * (np.arange(L) < depth)
+  largest = layer_cost(
+    space.embed_dim[-1], space.num_heads[-1], space.mlp_dims.max()
+  )
+  return costs.sum(1) / (L * largest)
+
+
 def choose_execution(
-  platform: str, groups: int, relative_cost: float
+  space: search_space.SearchSpace,
+  tokens: int,
+  platform: str,
+  subnets: int,
 ) -> Literal['masked', 'switched']:
   """The execution that `config.supernet.execution = 'auto'` stands for.
 
-  On a CPU slices won wherever we measured (docs/results/), with one subnet
-  a step and with eight. On accelerators we could compile but not measure. The
-  rule there is reasoned: subnets that share a device run one after another
-  when switched but as one batch when masked; and a switch must have something
-  to save.
+  On a CPU slices won wherever we measured (docs/results/). On accelerators a
+  model decides, in units of a masked step. A switched step costs
+  `SWITCH_OVERHEAD` times its subnet's padded MACs, and devices meet at the end
+  of a step, so the costliest of the subnets that run side by side counts. For
+  `tiny` the model gives 1.1 for one subnet and 1.2 for the worst of eight; the
+  TPU compiler's cycle estimates are 1.07 and 1.16. Two subnets that share a
+  device are two halves of its batch, which changes nothing here.
 
   Args:
+    space: gives the subnets.
+    tokens: of an image.
     platform: 'cpu', 'gpu' or 'tpu'.
-    groups: subnets that one device runs in a step.
-    relative_cost: MACs of the middle subnet, of those of the largest.
+    subnets: different subnets that devices run at the same time.
   """
-  if platform == 'cpu' or (groups == 1 and relative_cost < 0.75):
+  if platform == 'cpu':
     return 'switched'
-  return 'masked'
+  steps = 1000
+  costs = relative_costs(space, tokens, TILE[platform], steps * subnets)
+  slowest = costs.reshape(steps, subnets).max(1).mean()
+  return 'switched' if SWITCH_OVERHEAD * slowest < 1 else 'masked'
+
+
+def choose_remat(platform: str) -> str:
+  """The name that `config.supernet.remat = 'auto'` stands for.
+
+  On a TPU v5e the compiler estimates 110 ms for `tiny` with nothing computed
+  again against 104 ms, and `small` and `base` need 15.9 and 24.4 GiB of the
+  15.75 there are. GPUs have the memory for the products with weights: for
+  `tiny`, 12 MB an image in bfloat16 (14 layers of 197 tokens with 4 * 256 + 960
+  + 240 features of two bytes).
+  """
+  return 'dots' if platform == 'gpu' else 'full'
 
 
 def sizes(

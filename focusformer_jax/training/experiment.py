@@ -15,6 +15,7 @@ from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax import sharding
 from focusformer_jax.data import datasets
+from focusformer_jax.models import attention as attention_lib
 from focusformer_jax.models import autoformer
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import weight_files
@@ -135,15 +136,57 @@ class Experiment:
 
   @functools.cached_property
   def execution(self) -> str:
-    """How the supernet runs: as configured, or what suits the devices."""
+    """How the supernet trains: as configured, or what suits the devices."""
+    return self._execution(
+      min(self.settings.curriculum.subnets, self.mesh.size)
+    )
+
+  @functools.cached_property
+  def scoring_execution(self) -> str:
+    """How subnets are scored: all devices run the same one at a time."""
+    return self._execution(1)
+
+  def _execution(self, subnets: int) -> str:
     if self.settings.supernet.execution != 'auto':
       return self.settings.supernet.execution
-    macs, space = self.tables['macs'], self.space
     return supernet_lib.choose_execution(
-      self.mesh.devices.flat[0].platform,
-      max(1, self.settings.curriculum.subnets // self.mesh.size),
-      macs.of(space.middle()) / macs.of(space.largest()),
+      self.space,
+      self.geometry.num_tokens,
+      sharding.platform(self.mesh),
+      subnets,
     )
+
+  @functools.cached_property
+  def attention(self) -> str:
+    """The implementation of attention: as configured, or by the devices.
+
+    Raises:
+      UserError: The configured one does not run on these devices.
+    """
+    supernet, platform = self.settings.supernet, sharding.platform(self.mesh)
+    if supernet.attention == 'auto':
+      return attention_lib.choose(
+        platform, supernet.dtype, self.space.head_dim, self.geometry.num_tokens
+      )
+    needed = {'cudnn': 'gpu', 'pallas': 'tpu'}.get(supernet.attention, platform)
+    if needed != platform:
+      raise errors.UserError(
+        f'config.supernet.attention: wanted auto or einsum on a {platform}, '
+        f'found {supernet.attention}, which runs on a {needed}'
+      )
+    if supernet.attention == 'cudnn' and supernet.dtype != 'bfloat16':
+      raise errors.UserError(
+        f'config.supernet.dtype: wanted bfloat16 for '
+        f'config.supernet.attention = cudnn, found {supernet.dtype}'
+      )
+    return supernet.attention
+
+  @property
+  def remat(self) -> str:
+    """What is computed again: as configured, or what suits the devices."""
+    if self.settings.supernet.remat != 'auto':
+      return self.settings.supernet.remat
+    return supernet_lib.choose_remat(sharding.platform(self.mesh))
 
   @functools.cached_property
   def draw(self) -> curricula.Draw:
@@ -178,6 +221,8 @@ class Experiment:
       drop_path=supernet.drop_path,
       dtype=supernet.dtype,
       execution=self.execution,
+      attention=self.attention,
+      remat=self.remat,
       init_std=supernet.init_std,
       rngs=rngs(0),
     )
@@ -320,5 +365,6 @@ def create(settings: config_lib.Settings, devices=None) -> Experiment:
       bins.bound(budget)
     except ValueError as error:
       raise errors.UserError(f'config.{key}: {error}') from error
-  _ = experiment.extract_architecture  # Says what is wrong with it.
+  # These say what is wrong with them.
+  _ = experiment.extract_architecture, experiment.attention
   return experiment

@@ -253,10 +253,27 @@ def eval_step(
   archs: search_space.Architecture,
   batch: dict[str, Array],
 ) -> Scores:
-  """Scores A subnets on one batch."""
-  supernet = sharding.gathered(experiment.mesh, supernet)
-  images = augment.normalize(experiment.recipe, batch['image'])
-  return jax.lax.map(lambda arch: score(supernet(images, arch), batch), archs)
+  """Scores A subnets on one batch, each device its part of the images."""
+  mesh = experiment.mesh
+  supernet = sharding.gathered(mesh, supernet).executed(
+    experiment.scoring_execution
+  )
+
+  def local(supernet, archs, batch):
+    images = augment.normalize(experiment.recipe, batch['image'])
+    return jax.lax.map(lambda arch: score(supernet(images, arch), batch), archs)
+
+  if mesh.size == 1:
+    return local(supernet, archs, batch)
+  whole = jax.sharding.PartitionSpec()
+  return jax.shard_map(
+    lambda *operands: jax.lax.psum(local(*operands), mesh.axis_names),
+    mesh=mesh,
+    in_specs=(whole, whole, sharding.BATCH),
+    out_specs=whole,
+    # A kernel does not say over which axes its result varies.
+    check_vma=False,
+  )(supernet, archs, batch)
 
 
 def network_eval_step(
