@@ -1,15 +1,18 @@
-# `make demo` runs the whole job on the embedded digits, `make test` lint and
-# tests. Both make their own virtual environment first.
+# `make demo` runs the whole job on the embedded digits, with the flags in
+# FLAGS if any; `make test` runs lint and tests. Both make their own virtual
+# environment first.
 
 PYTHON ?= $(shell for v in python3.13 python3.12 python3.11 python3; do \
 	$$v -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$v && break; done)
 WORKDIR ?= workdir/digits
+FLAGS ?=
 
 .PHONY: demo test lint clean
 
 demo: .venv/done
-	.venv/bin/python main.py --config=configs/digits.py --workdir=$(WORKDIR)
+	.venv/bin/python main.py --config=configs/digits.py --workdir=$(WORKDIR) \
+	  $(FLAGS)
 
 test: lint
 	.venv-dev/bin/python -m pytest --numprocesses=auto --maxprocesses=4 \

@@ -129,4 +129,6 @@ class Progress:
   ) -> None:
     """Takes the live line away."""
     if self._bar is not None:
+      # Closing alone leaves a line that a log line made tqdm show too early.
+      self._bar.clear()
       self._bar.close()

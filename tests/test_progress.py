@@ -68,6 +68,19 @@ def test_progress_is_one_live_line_on_a_terminal(monkeypatch):
   assert text.count('\n') == 1
 
 
+def test_progress_leaves_no_line_that_a_log_brought_up_early(monkeypatch):
+  monkeypatch.setattr(sys, 'stderr', Stderr(is_terminal=True))
+  lines = progress.Lines()
+  with progress.Progress('searching', 9, 'subnets', delay=1000) as show:
+    show(4)
+    lines.write('a line of a log\n')
+  # What the terminal shows of the last line: later text covers earlier.
+  shown = ''
+  for part in sys.stderr.getvalue().split('\n')[-1].split('\r'):
+    shown = part + shown[len(part) :]
+  assert not shown.strip()
+
+
 def test_progress_is_shown_by_process_0_alone(lines, monkeypatch):
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
   for is_terminal in (False, True):
