@@ -10,6 +10,7 @@ Letters: `B` batch, `C` channels.
 from collections.abc import Sequence
 import dataclasses
 import functools
+from typing import Any
 
 from etils import epath
 import jax
@@ -181,27 +182,36 @@ class Run:
     """What the run's networks take, from images of bytes."""
     return augment.normalize(self.experiment.recipe, images_BHWC)
 
-  def plot(self, budgets: Sequence[float] | None = None):
+  def plot(self, budgets: Sequence[float] | None = None) -> Any:
     """Draws held-out accuracy over cost for the answers to several budgets.
+
+    Each answer is a point at its cost; a line leads from it to its budget.
 
     Args:
       budgets: Budgets to ask for; by default those of the run's search.
 
     Returns:
-      Matplotlib's axes.
+      `matplotlib.axes.Axes`, in a new figure of pyplot.
     """
-    from matplotlib import pyplot as plt  # Slow to import, and asked for here.
+    from matplotlib import pyplot as plt  # Slow to import.
+    from matplotlib import ticker
 
     answers = self.answers(budgets or self.experiment.search_budgets)
+    budgets = [answer.budget for answer in answers]
+    costs = [answer.cost for answer in answers]
+    accuracies = [answer.heldout.accuracy for answer in answers]
     _, axes = plt.subplots(layout='constrained')
-    axes.plot(
-      [answer.cost for answer in answers],
-      [answer.heldout.accuracy for answer in answers],
-      'o',
-    )
+    axes.hlines(accuracies, costs, budgets, color='0.8', zorder=0)
+    axes.plot(budgets, accuracies, '|', color='0.5', label='budget')
+    axes.plot(costs, accuracies, 'o', label='answer')
     axes.set_xscale('log')
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
     axes.set_xlabel(self.experiment.cost_bins.table.label)
     axes.set_ylabel('held-out accuracy')
+    axes.legend()
     return axes
 
   @functools.cached_property

@@ -242,17 +242,16 @@ def replace(
     UserError: A key is unknown, or its value is of a wrong type or out of
       range.
   """
-  changes = {}
-  for name, value in values.items():
-    old = _member(section, name, path)
-    if isinstance(old, Section):
-      if not isinstance(value, Mapping):
-        raise errors.UserError(
-          f'{path}.{name}: wanted a section, found {value!r}'
-        )
-      value = replace(old, value, f'{path}.{name}')
-    changes[name] = value
+  changes, specs = {}, keys(type(section))
   try:
+    for name, value in values.items():
+      old = _member(section, name, path)
+      if not isinstance(old, Section):
+        changes[name] = specs[name].convert(value)
+      elif isinstance(value, Mapping):
+        changes[name] = replace(old, value, f'{path}.{name}')
+      else:
+        raise ValueError(f'{name}: wanted a section, found {value!r}')
     return dataclasses.replace(section, **changes)
   except ValueError as error:
     raise errors.UserError(f'{path}.{error}') from error

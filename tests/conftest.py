@@ -16,6 +16,10 @@ from flax import nnx
 import jax
 import pytest
 
+from tests import typecheck
+
+typecheck.install()
+
 from configs import digits
 from focusformer_jax import config as config_lib
 from focusformer_jax.models import supernet as supernet_lib

@@ -205,9 +205,10 @@ def test_distribution_equals_that_of_brute_force(bins, position):
 def test_plot_shows_an_answer_for_each_budget(run, monkeypatch):
   monkeypatch.setenv('MPLBACKEND', 'agg')
   axes = run.plot([BUDGET, 10 * BUDGET])
-  (line,) = axes.lines
-  assert len(line.get_xdata()) == 2
-  assert line.get_xdata()[0] <= BUDGET
+  budgets, costs = (line.get_xdata() for line in axes.lines)
+  assert list(budgets) == [BUDGET, 10 * BUDGET]
+  assert len(costs) == 2
+  assert all(cost <= budget for cost, budget in zip(costs, budgets))
   assert axes.get_xlabel() == 'MACs'
 
 

@@ -503,4 +503,6 @@ def test_refuses_images_that_do_not_fit():
   with pytest.raises(ValueError, match='mean: wanted one number, or 1 as'):
     augment.normalize(recipe, np.zeros((1, 4, 4, 1), np.uint8))
   with pytest.raises(ValueError, match='wanted 1 or 3 channels, found 4'):
-    augment.augment(recipe, KEY, np.zeros((1, 4, 4, 4), np.uint8), [0], 3)
+    augment.augment(
+      recipe, KEY, np.zeros((1, 4, 4, 4), np.uint8), np.zeros(1, int), 3
+    )

@@ -43,3 +43,11 @@ def test_notebook_runs_on_a_job_of_few_steps(
   assert names['answer'].cost <= 150_000
   assert 'test accuracy' in capsys.readouterr().out
   assert (tmp_path / names['workdir'] / 'config.json').exists()
+
+
+def test_notebook_has_the_outputs_of_one_whole_execution():
+  assert [c['execution_count'] for c in CODE] == list(range(1, len(CODE) + 1))
+  outputs = [output for cell in CODE for output in cell['outputs']]
+  assert not [o for o in outputs if o['output_type'] == 'error']
+  pictures = [o for o in outputs if 'image/png' in o.get('data', {})]
+  assert len(pictures) == 2

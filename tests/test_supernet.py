@@ -7,6 +7,7 @@ import re
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -133,8 +134,8 @@ def test_bfloat16_is_close(images):
 
 
 def test_layer_norm_sees_live_features_alone():
-  x = np.array([[[1.0, 3.0, 100.0]]], np.float32)
-  mask = np.array([1.0, 1.0, 0.0], np.float32)
+  x = jnp.array([[[1.0, 3.0, 100.0]]])
+  mask = jnp.array([1.0, 1.0, 0.0])
   found = layers.LayerNorm(3)(x, mask)
   # Mean 2 and variance 1 of the first two.
   np.testing.assert_allclose(found[0, 0], [-1, 1, 0], atol=1e-4)
@@ -217,7 +218,7 @@ def test_layer_norm_in_one_pass_is_precise(offset, outlier):
   centered = x - x[..., :live].mean(-1, keepdims=True)
   variance = np.square(centered[..., :live]).mean(-1, keepdims=True)
   wanted = mask * centered / np.sqrt(variance + 1e-5)
-  found = layers.LayerNorm(256)(x.astype(np.float32), mask)
+  found = layers.LayerNorm(256)(jnp.float32(x), jnp.float32(mask))
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -19,7 +19,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Shaped
 import numpy as np
 from scipy import stats
 
@@ -40,8 +41,8 @@ QUANTILES = 4096
 def augment(
   recipe: config_lib.Augment,
   key: jax.Array,
-  images_BHWC: UInt8[Array, 'B H W C'],
-  labels_B: Int[Array, 'B'],
+  images_BHWC: Shaped[ArrayLike, 'B H W C'],
+  labels_B: Int[ArrayLike, 'B'],
   num_classes: int,
   mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Float[Array, 'B H W C'], Float[Array, 'B K']]:
@@ -88,7 +89,7 @@ def augment(
 
 
 def normalize(
-  recipe: config_lib.Augment, images_BHWC: UInt8[Array, '*B H W C']
+  recipe: config_lib.Augment, images_BHWC: Shaped[ArrayLike, '*B H W C']
 ) -> Float[Array, '*B H W C']:
   """Bytes to floats: over 255, minus the mean, over the deviation.
 
@@ -232,7 +233,7 @@ def _draw_beta(uniform, concentration):
   return (1 - fraction) * table_Q[whole] + fraction * table_Q[whole + 1]
 
 
-def swap_neighbors(x: Array) -> Array:
+def swap_neighbors(x: ArrayLike) -> Array:
   """Entries 1, 0, 3, 2, ... along the first axis; an odd last one stays."""
   even = len(x) // 2 * 2
   pairs = x[:even].reshape(-1, 2, *x.shape[1:])

@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import re
 import socket
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, runtime_checkable
 import urllib.parse
 import urllib.request
 import zlib
@@ -44,6 +44,7 @@ class Batch(TypedDict):
   weight: Float32[np.ndarray, 'B']
 
 
+@runtime_checkable
 class Source(Protocol):
   """Examples that can be had as batches of images of one size."""
 
@@ -110,7 +111,7 @@ class Encoded:
   """
 
   examples: Sequence[dict[str, Any]]
-  indices: Sequence[int]
+  indices: Sequence[int] | Int[np.ndarray, 'N']
   image_size: int
   channels: int
   crop: tuple[float, float] | None
@@ -339,7 +340,7 @@ def _open_tfds(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Files:
+class _Files(Sequence):
   """Image files and their labels, read on access."""
 
   files: Sequence[tuple[str, int]]

@@ -49,7 +49,8 @@ class Op(enum.IntEnum):
 
 
 Image = Float[Array, 'C H W']
-Strength = Float[Array, '']
+# A number, or an array of one number.
+Strength = Float[Array, '...']
 
 
 def floor_divide(
@@ -70,10 +71,10 @@ def auto_contrast(image: Image, strength: Strength) -> Image:
 
 
 def equalized(
-  value: Float[Array, '*v'],
-  below: Float[Array, '*v'],
-  counted: Float[Array, '*s'],
-) -> Float[Array, '*v']:
+  value: Float[Array, '*#v'],
+  below: Float[Array, '*#v'],
+  counted: Float[Array, '*#v'],
+) -> Float[Array, '*#v']:
   """Pillow's histogram equalization of a value.
 
   Args:

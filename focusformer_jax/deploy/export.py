@@ -96,7 +96,7 @@ def export(
   scale = float(np.abs(logits_BC).max())
 
   def compare(
-    file: str, found_BC: np.ndarray, tolerance: float = TOLERANCE
+    file: str, found_BC: jax.typing.ArrayLike, tolerance: float = TOLERANCE
   ) -> None:
     deviation = float(np.abs(np.asarray(found_BC) - logits_BC).max())
     if not deviation <= tolerance * scale:

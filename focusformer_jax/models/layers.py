@@ -25,6 +25,8 @@ from focusformer_jax.models import attention as attention_lib
 from focusformer_jax.spaces import search_space
 
 Module = TypeVar('Module', bound=nnx.Module)
+# A module, or modules in tuples, lists and dictionaries.
+Modules = TypeVar('Modules')
 
 
 def is_param(node: Any) -> bool:
@@ -66,7 +68,9 @@ def matmul_precision(
   return contextlib.nullcontext()
 
 
-def replace_params(module: Module, arrays: Mapping[str, Array]) -> Module:
+def replace_params(
+  module: Module, arrays: Mapping[str, jax.typing.ArrayLike]
+) -> Module:
   """The module with `arrays`, by name, in place of its own."""
   return jax.tree.unflatten(
     jax.tree.structure(module, is_leaf=is_param),
@@ -82,7 +86,7 @@ def _normal(rngs, std, shape, axes) -> nnx.Param:
   return nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=axes)
 
 
-def take(module: Module, sizes: dict[str, int]) -> Module:
+def take(module: Modules, sizes: dict[str, int]) -> Modules:
   """The prefix slice of every parameter of `module`.
 
   Args:
@@ -127,7 +131,7 @@ class LayerNorm(nnx.Module):
   def __call__(
     self,
     x_BND: Float[Array, 'B N D'],
-    mask_D: Float[Array, '*B 1 D'] | None = None,
+    mask_D: Float[Array, '*groups D'] | None = None,
   ) -> Float[Array, 'B N D']:
     """Normalizes in float32; features where `mask_D` is 0 come out as 0.
 
@@ -183,7 +187,9 @@ class RelativePosition(nnx.Module):
     self.columns = _normal(rngs, std, shape, (None, None))
 
 
-def distance_index(grid: int, max_distance: int) -> Int[np.ndarray, 'G+1 G+1']:
+def distance_index(
+  grid: int, max_distance: int
+) -> Int[np.ndarray, '{grid}+1 {grid}+1']:
   """Table entry of (query, key) along one axis; the last is the class token."""
   position = np.arange(grid)
   distance = np.clip(
@@ -480,7 +486,7 @@ class Stem(nnx.Module):
     self.registers = rows(geometry.registers) if geometry.registers else None
 
   def __call__(
-    self, images_BHWC: Float[Array, 'B height width C']
+    self, images_BHWC: Float[Array | np.ndarray, 'B height width channels']
   ) -> Float[Array, 'B N D']:
     batch, height, width, channels = images_BHWC.shape
     p = self.patch_size
@@ -541,7 +547,7 @@ class Head(nnx.Module):
   def __call__(
     self,
     x_BND: Float[Array, 'B N D'],
-    mask_D: Float[Array, '*B 1 D'] | None = None,
+    mask_D: Float[Array, '*groups D'] | None = None,
   ) -> Float[Array, 'B C']:
     """Logits in float32; without classes, the pooled features (`C` = `D`)."""
     x = self.features(x_BND, mask_D)
@@ -560,7 +566,7 @@ class Head(nnx.Module):
   def features(
     self,
     x_BND: Float[Array, 'B N D'],
-    mask_D: Float[Array, '*B 1 D'] | None = None,
+    mask_D: Float[Array, '*groups D'] | None = None,
   ) -> Float[Array, 'B N D']:
     """All tokens in float32, normalized unless the norm follows the pooling."""
     if self.pool != 'fc_norm':

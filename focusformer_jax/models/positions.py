@@ -1,7 +1,8 @@
 """Position embeddings on a grid of another size.
 
 Letters: `G` patches along one side, `I` patches along one side of the new
-grid, `P` rows before those of the patches, `D` width.
+grid, `T` rows of an embedding, those before the patches included, `U` rows of
+the new embedding, `D` width.
 """
 
 import jax
@@ -11,11 +12,11 @@ import numpy as np
 
 
 def resize(
-  position: Float[Array, 'P+G*G D'],
+  position: Float[Array | np.ndarray, 'T D'],
   grid: int,
   new_grid: int,
   antialias: bool = True,
-) -> Float[Array, 'P+I*I D']:
+) -> Float[Array, 'U D']:
   """Cubic interpolation over the grid; rows before the patches are kept.
 
   Args:

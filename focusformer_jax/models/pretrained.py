@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 import re
-from typing import Any, Literal
+from typing import Any
 
 from flax import nnx
 import jax
@@ -183,7 +183,7 @@ def from_pretrained(
   state_dict: StateDict,
   *,
   num_heads: int | None = None,
-  pool: Literal['cls', 'mean'] | None = None,
+  pool: str | None = None,
   norm_eps: float | None = None,
   image_size: int | None = None,
   interpolate: bool = False,

@@ -99,7 +99,7 @@ class Supernet(nnx.Module):
 
   def __call__(
     self,
-    images_BHWC: Float[Array, 'B height width C'],
+    images_BHWC: Float[Array | np.ndarray, 'B height width channels'],
     arch: search_space.Architecture,
     key: jax.Array | None = None,
   ) -> Float[Array, 'B C']:
@@ -122,7 +122,7 @@ class Supernet(nnx.Module):
 
   def grouped(
     self,
-    images_BHWC: Float[Array, 'B height width C'],
+    images_BHWC: Float[Array | np.ndarray, 'B height width channels'],
     archs: search_space.Architecture,
     key: jax.Array | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -195,7 +195,7 @@ class Supernet(nnx.Module):
 
   def features(
     self,
-    images_BHWC: Float[Array, 'B height width C'],
+    images_BHWC: Float[Array, 'B height width channels'],
     arch: search_space.Architecture,
   ) -> Float[Array, 'B N D']:
     """All tokens after the last layer, as `layers.Head.features` gives them.

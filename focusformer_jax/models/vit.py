@@ -52,7 +52,7 @@ class VisionTransformer(nnx.Module):
 
   def __call__(
     self,
-    images_BHWC: Float[Array, 'B height width channels'],
+    images_BHWC: Float[Array | np.ndarray, 'B height width channels'],
     key: jax.Array | None = None,
     drop_path: float = 0.0,
   ) -> Float[Array, 'B C']:
@@ -69,7 +69,7 @@ class VisionTransformer(nnx.Module):
       return self.head(self._tokens(images_BHWC, key, drop_path))
 
   def features(
-    self, images_BHWC: Float[Array, 'B height width channels']
+    self, images_BHWC: Float[Array | np.ndarray, 'B height width channels']
   ) -> Float[Array, 'B N D']:
     """All tokens after the last layer, as `layers.Head.features` gives them."""
     with layers.matmul_precision(self.dtype):
@@ -77,7 +77,7 @@ class VisionTransformer(nnx.Module):
 
   def _tokens(
     self,
-    images_BHWC: Float[Array, 'B height width channels'],
+    images_BHWC: Float[Array | np.ndarray, 'B height width channels'],
     key: jax.Array | None = None,
     drop_path: float = 0.0,
   ) -> Float[Array, 'B N D']:

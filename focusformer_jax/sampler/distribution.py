@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from focusformer_jax.sampler import conditional
@@ -54,7 +55,7 @@ class Distribution:
 
   policy: policy_lib.Policy
   bins: cost_bins.CostBins
-  bound: Int[Array, '']
+  bound: Int[ArrayLike, '']
 
   @functools.cached_property
   def weights(self) -> conditional.LogWeights:

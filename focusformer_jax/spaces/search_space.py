@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Int
 import numpy as np
 
 from focusformer_jax import schema
@@ -23,10 +24,10 @@ class Architecture(NamedTuple):
   Layers from the depth on are dead: their entries are 0 and mean nothing.
   """
 
-  depth: Int[Array, '*A']
-  embed_dim: Int[Array, '*A']
-  num_heads: Int[Array, '*A L']
-  mlp_ratio: Int[Array, '*A L']
+  depth: Int[ArrayLike, '*A']
+  embed_dim: Int[ArrayLike, '*A']
+  num_heads: Int[ArrayLike, '*A L']
+  mlp_ratio: Int[ArrayLike, '*A L']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,9 @@ class Geometry:
 
 def live_layers(
   depths: tuple[int, ...],
-  depth: Int[Array, '*A'],
+  depth: Int[ArrayLike, '*A'],
   xp: types.ModuleType = jnp,
-) -> Bool[Array, '*A L']:
+) -> Bool[ArrayLike, '*A L']:
   """Which of `depths[-1]` layers run: as many as `depths[depth]`, the first.
 
   Args:
@@ -210,8 +211,8 @@ class SearchSpace(schema.Section):
     return [self._corner(*map(int, end)) for end in ends.reshape(-1, 4)]
 
   def live_layers(
-    self, depth: Int[Array, '*A'], xp: types.ModuleType = jnp
-  ) -> Bool[Array, '*A L']:
+    self, depth: Int[ArrayLike, '*A'], xp: types.ModuleType = jnp
+  ) -> Bool[ArrayLike, '*A L']:
     """Which layers run, given the index of the chosen depth."""
     return live_layers(self.depth, depth, xp)
 

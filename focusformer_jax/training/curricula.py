@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 import optax
 
@@ -263,7 +264,7 @@ def _within_uniform_budgets(
   return draw
 
 
-def _select(condition: Bool[Array, ''], yes: Any, no: Any) -> Any:
+def _select(condition: Bool[ArrayLike, ''], yes: Any, no: Any) -> Any:
   """One of two pytrees of the same structure."""
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 

@@ -1,8 +1,9 @@
 """Optimizers, and the one update that every training step makes."""
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -17,7 +18,7 @@ Weights = TypeVar('Weights')
 UNDECAYED = ('position', 'class_token', 'registers')
 
 
-class Trained(NamedTuple, Generic[Weights]):
+class Trained(NamedTuple):
   """The parts of a training state that an update changes.
 
   Args:
@@ -26,18 +27,18 @@ class Trained(NamedTuple, Generic[Weights]):
     average: Moving average of the weights, or None to keep none.
   """
 
-  weights: Weights
+  weights: nnx.Module
   optimizer: optax.ApplyIfFiniteState
-  average: Weights | None = None
+  average: nnx.Module | None = None
 
 
 def update(
   optimizer: optax.GradientTransformation,
-  loss_fn: Callable[[Weights], tuple[Float[Array, ''], dict[str, Array]]],
-  trained: Trained[Weights],
+  loss_fn: Callable[[nnx.Module], tuple[Float[Array, ''], dict[str, Array]]],
+  trained: Trained,
   ema: float = 0.0,
   updates: Int[Array, ''] | int = 0,
-) -> tuple[Trained[Weights], dict[str, Array]]:
+) -> tuple[Trained, dict[str, Array]]:
   """Takes one optimizer step, unless loss or gradients are not finite.
 
   A refused update changes nothing but the counts of refused updates.
@@ -137,7 +138,8 @@ def supernet_optimizer(
     adamw = hold_untouched(adamw)
   optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
   if settings.accumulate > 1:
-    optimizer = optax.MultiSteps(optimizer, settings.accumulate)
+    steps = optax.MultiSteps(optimizer, settings.accumulate)
+    optimizer = steps.gradient_transformation()
   return skip_not_finite(optimizer)
 
 

@@ -4,10 +4,11 @@ Letters: `B` batch, `C` classes, `S` subnets of a training step, `K` budgets of
 a sampler step, `M` subnets drawn at each, `A` subnets that are scored.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 import optax
 
@@ -25,7 +26,7 @@ from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import optim
 from focusformer_jax.training import state as state_lib
 
-Metrics = dict[str, Float[Array, ''] | Int[Array, '']]
+Metrics = dict[str, Float[ArrayLike, ''] | Int[ArrayLike, '']]
 
 # Cost of an update in forward passes: the backward pass does two matrix
 # products for each of the forward pass.
@@ -35,7 +36,7 @@ FORWARD_AND_BACKWARD = 3
 def supernet_step(
   experiment: experiment_lib.Experiment,
   state: state_lib.TrainState,
-  batch: dict[str, Array],
+  batch: dict[str, Any],
 ) -> tuple[state_lib.TrainState, Metrics]:
   """One update of the weights that all subnets share.
 
