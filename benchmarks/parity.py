@@ -22,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jaxtyping import ArrayLike
 import numpy as np
 import optax
@@ -98,7 +99,7 @@ def relative_error(found: ArrayLike, wanted: ArrayLike) -> float:
 def logit_errors(prefix: str, execution: str) -> Iterator[tuple[str, float]]:
   """('logits', relative error) of each subnet of a case."""
   supernet, archs, arrays = load(prefix, execution)
-  images = arrays['x'].transpose(0, 2, 3, 1)
+  images = jnp.asarray(arrays['x'].transpose(0, 2, 3, 1))
   apply = jax.jit(type(supernet).__call__)
   for arch, wanted in zip(archs, arrays['logits'], strict=True):
     yield 'logits', relative_error(apply(supernet, images, arch), wanted)
@@ -112,7 +113,7 @@ def gradient_errors(prefix: str, execution: str) -> Iterator[tuple[str, float]]:
   small = pathlib.Path(prefix).with_name('parity_small')
   supernet, archs, _ = load(str(small), execution)
   arrays = np.load(f'{prefix}.npz')
-  images = arrays['x'].transpose(0, 2, 3, 1)
+  images = jnp.asarray(arrays['x'].transpose(0, 2, 3, 1))
 
   @jax.jit
   @jax.value_and_grad

@@ -9,6 +9,8 @@ os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 # Compiling costs more than running here, so let LLVM do less of it.
 os.environ['XLA_FLAGS'] = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  # On a busy machine devices may meet late; XLA would end the process.
+  ' --xla_cpu_collective_call_terminate_timeout_seconds=3600'
 )
 
 from absl import flags

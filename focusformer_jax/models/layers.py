@@ -151,7 +151,7 @@ class LayerNorm(nnx.Module):
       scale, bias = scale * mask_D, bias * mask_D
     mean = jnp.sum(x, -1, keepdims=True) / live
     square = jnp.sum(jnp.square(x), -1, keepdims=True) / live
-    variance = jnp.maximum(square - jnp.square(mean), 0)
+    variance = jax.nn.relu(square - jnp.square(mean))
     normed = (x - mean) * (jax.lax.rsqrt(variance + self.eps) * scale)
     return (normed + bias).astype(x_BND.dtype)
 
