@@ -316,7 +316,7 @@ class SearchSpace(schema.Section):
       'mlp_ratio': [self.mlp_ratio[int(i)] for i in arch.mlp_ratio[:depth]],
     }
 
-  def from_json(self, values: dict[str, Any]) -> Architecture:
+  def from_json(self, values: Any) -> Architecture:
     """The inverse of `to_json`.
 
     Raises:
