@@ -51,7 +51,9 @@ def search(
     )
   }
   found, counts = [], {}
-  most = methods.most(options, len(budgets))
+  # Methods ask for candidates, the table for every answer and both ends.
+  in_table = len(options.method) * len(budgets) + 2
+  most = methods.most(options, len(budgets)) + in_table
   with progress.Progress('searching', most, 'subnets') as show:
     scorer = score_cache.Scorer(
       experiment, evaluator, state, workdir / SCORES, show
@@ -78,15 +80,15 @@ def search(
         scorer.counts.new,
         seconds,
       )
-  table, space = experiment.cost_bins.table, experiment.space
-  found += [
-    (name, table.of(arch), answers.Answer(arch, 0))
-    for name, arch in (
-      ('smallest', space.smallest()),
-      ('largest', space.largest()),
-    )
-  ]
-  rows = _rows(scorer, found)
+    table, space = experiment.cost_bins.table, experiment.space
+    found += [
+      (name, table.of(arch), answers.Answer(arch, 0))
+      for name, arch in (
+        ('smallest', space.smallest()),
+        ('largest', space.largest()),
+      )
+    ]
+    rows = _rows(scorer, found)
   first = options.method[0]
   results = {
     'data': experiment.settings.data.name,
