@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -69,6 +70,33 @@ def test_nonsense_spaces_are_refused(field, choices):
   }
   with pytest.raises(ValueError, match=field):
     search_space.SearchSpace(**values | {field: choices})
+
+
+def test_layer_order_shows_in_json_alone():
+  space = dataclasses.replace(TINY, depth=(1, 2, 3), layer_order=(1, 2, 0))
+  by_rank = search_space.Architecture(
+    np.int32(1), np.int32(0), np.array([1, 0, 0]), np.array([0, 1, 0])
+  )
+  values = space.to_json(by_rank)
+  assert values == {
+    'depth': 2,
+    'embed_dim': 8,
+    'num_heads': [1, 2],
+    'mlp_ratio': [2.5, 1.0],
+    'layers': [0, 2],
+  }
+  assert same(space.from_json(values), by_rank)
+  assert space.describe(by_rank).endswith('ratio 2.5 1, layers 0 2')
+  with pytest.raises(ValueError, match=r'layers: wanted \[0, 2\], .*\[0, 1\]'):
+    space.from_json(values | {'layers': [0, 1]})
+
+
+def test_layer_order_by_position_is_no_order():
+  space = dataclasses.replace(TINY, layer_order=(0, 1))
+  assert space == TINY
+  assert 'layer_order' not in space.to_dict()
+  with pytest.raises(ValueError, match='layer_order: wanted the ranks'):
+    dataclasses.replace(TINY, layer_order=(0, 2))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,26 @@ def test_masked_switched_and_extracted_agree(arch, images):
     np.testing.assert_allclose(apply(net, images, arch), wanted, atol=1e-5)
 
 
+def test_layer_order_keeps_the_layers_of_low_ranks(images):
+  space = dataclasses.replace(TINY, depth=(1, 2, 3), layer_order=(1, 2, 0))
+  masked = make_supernet(space)
+  heads, ratios = np.array([[1, 0, 0], [0, 0, 0]], np.int32)
+  by_rank = search_space.Architecture(np.int32(1), np.int32(1), heads, ratios)
+  network = vit.extract(masked, by_rank)
+  # Rank 0 is the last layer; rank 1, the first one, has fewer heads.
+  for block, position, heads in zip(
+    network.blocks, (0, 2), (1, 2), strict=True
+  ):
+    np.testing.assert_array_equal(
+      block.attention.query.get_value(),
+      masked.blocks.attention.query.get_value()[position, :, :heads],
+    )
+  wanted = extracted(network, images)
+  for execution in supernet_lib.EXECUTIONS:
+    found = apply(masked.executed(execution), images, by_rank)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_one_program_serves_the_whole_space(images):
   for net in NETS.values():
     calls = jax.jit(lambda net, images, arch: net(images, arch))

@@ -1,7 +1,8 @@
 """The supernet: every subnet of a space in one set of parameters.
 
 A subnet uses the first E features, the first H heads, the first int(E * ratio)
-MLP features of each of the first d layers. Two ways to run it:
+MLP features of each of its d layers. These are the first d, or in spaces with a
+`layer_order` those of the lowest ranks. Two ways to run it:
 
 `masked` computes with all parameters and cancels what the subnet lacks with
 prefix masks. The architecture may differ from group to group of a batch, at
@@ -214,6 +215,9 @@ class Supernet(nnx.Module):
     picks = arch.num_heads, arch.mlp_ratio
     per_layer = self.space.live_layers(arch.depth), picks
     per_layer = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), per_layer)
+    if self.space.layer_order:
+      ranks = self.space.layer_ranks
+      per_layer = jax.tree.map(lambda leaf: leaf[ranks], per_layer)
     scanned = self.blocks, *per_layer, keep
     run = {'masked': self._masked, 'switched': self._switched}[self.execution]
     with layers.matmul_precision(self.dtype):
@@ -415,18 +419,19 @@ def choose_remat(platform: str) -> str:
 
 def sizes(
   space: search_space.SearchSpace, arch: search_space.Architecture
-) -> tuple[int, list[dict[str, int]]]:
-  """Width of a concrete subnet and, per live layer, the sizes for `take`."""
+) -> tuple[int, dict[int, dict[str, int]]]:
+  """Width of a concrete subnet and, by position, the sizes of its layers.
+
+  Sizes are those that `layers.take` takes, in network order.
+  """
   e = int(arch.embed_dim)
   width = space.embed_dim[e]
-  depth = space.depth[int(arch.depth)]
-  picks = np.stack([arch.num_heads, arch.mlp_ratio], axis=1)[:depth]
-  per_layer = [
-    {'embed': width}
-    | {
+  per_layer = {}
+  for position in space.kept_layers(space.depth[int(arch.depth)]):
+    rank = space.layer_ranks[position]
+    picks = arch.num_heads[rank], arch.mlp_ratio[rank]
+    per_layer[position] = {'embed': width} | {
       name: int(sizes[e, pick])
-      for (name, sizes), pick in zip(branch_sizes(space), row, strict=True)
+      for (name, sizes), pick in zip(branch_sizes(space), picks, strict=True)
     }
-    for row in picks
-  ]
   return width, per_layer

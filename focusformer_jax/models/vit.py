@@ -105,7 +105,7 @@ def extract(
   width, per_layer = supernet_lib.sizes(supernet.space, arch)
   blocks = [
     layers.take(jax.tree.map(lambda leaf: leaf[i], supernet.blocks), size)  # noqa: B023 (used at once)
-    for i, size in enumerate(per_layer)
+    for i, size in per_layer.items()
   ]
   return VisionTransformer(
     layers.take(supernet.stem, {'embed': width}),

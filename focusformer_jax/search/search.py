@@ -142,14 +142,18 @@ def learned(
   """The sampler's distribution at each budget, as JSON values.
 
   `probability` of each choice is exact and conditioned on the budget; the
-  choices of a layer sum to the probability that the layer is alive. `trained`
-  counts the supernet's training steps with each choice.
+  choices of a layer sum to the probability that the layer is alive, and layers
+  are in network order. `trained` counts the supernet's training steps with each
+  choice.
   """
   space, budgets = experiment.space, experiment.search_budgets
   table = experiment.cost_bins.table
 
   def lists(weights):
-    return {k: np.asarray(v).tolist() for k, v in weights._asdict().items()}
+    arrays = {k: np.asarray(v) for k, v in weights._asdict().items()}
+    for name in ('num_heads', 'mlp_ratio'):
+      arrays[name] = arrays[name][space.layer_ranks]
+    return {k: v.tolist() for k, v in arrays.items()}
 
   return {
     'checkpoint_step': int(state.step),

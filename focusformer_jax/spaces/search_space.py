@@ -21,7 +21,9 @@ class Architecture(NamedTuple):
 
   Every index points into the choices of the same name of a `SearchSpace`.
   A leading axis makes it a batch of architectures; it can be traced.
-  Layers from the depth on are dead: their entries are 0 and mean nothing.
+  Layers are listed by rank, the most important one first; in most spaces that
+  is their order in the network. Layers whose rank is not below the depth are
+  dead: their entries are 0 and mean nothing.
   """
 
   depth: Int[ArrayLike, '*A']
@@ -109,7 +111,7 @@ def live_layers(
   depth: Int[ArrayLike, '*A'],
   xp: types.ModuleType = jnp,
 ) -> Bool[ArrayLike, '*A L']:
-  """Which of `depths[-1]` layers run: as many as `depths[depth]`, the first.
+  """Which of `depths[-1]` layers, by rank, run: the first `depths[depth]`.
 
   Args:
     depths: The choices of depth.
@@ -126,7 +128,8 @@ class SearchSpace(schema.Section):
   Constants of `focusformer_jax/spaces/search_space.py` are ready-made spaces.
 
   Raises:
-    ValueError: Choices are empty, not positive or not ascending.
+    ValueError: Choices are empty, not positive or not ascending, or the order
+      of layers is no permutation.
   """
 
   embed_dim: tuple[int, ...] = schema.key(
@@ -136,7 +139,8 @@ class SearchSpace(schema.Section):
   )
   depth: tuple[int, ...] = schema.key(
     schema.REQUIRED,
-    "Numbers of layers, ascending; a subnet has the supernet's first layers.",
+    "Numbers of layers, ascending; a subnet has the supernet's first layers, "
+    'in the order of `layer_order`.',
     at_least=1,
   )
   num_heads: tuple[int, ...] = schema.key(
@@ -152,6 +156,12 @@ class SearchSpace(schema.Section):
   head_dim: int = schema.key(
     64, 'Channels of an attention head, the same in every subnet.', at_least=1
   )
+  layer_order: tuple[int, ...] = schema.key(
+    (),
+    'Rank of the layer at each position of the network, from 0: a subnet of '
+    'depth d has the layers of ranks below d. Empty for ranks by position.',
+    at_least=0,
+  )
 
   def __post_init__(self):
     super().__post_init__()
@@ -159,11 +169,35 @@ class SearchSpace(schema.Section):
       choices = getattr(self, name)
       if not choices or list(choices) != sorted(set(choices)):
         raise ValueError(f'{name}: wanted ascending choices, found {choices}')
+    ranks = list(range(self.num_layers))
+    if self.layer_order and sorted(self.layer_order) != ranks:
+      raise ValueError(
+        f'layer_order: wanted the ranks {ranks} in any order, found '
+        f'{self.layer_order}'
+      )
+    if list(self.layer_order) == ranks:  # There is one way to say it.
+      object.__setattr__(self, 'layer_order', ())
 
   @property
   def num_layers(self) -> int:
     """Layers of the supernet."""
     return self.depth[-1]
+
+  @property
+  def layer_ranks(self) -> Int[np.ndarray, 'L']:
+    """The rank of the layer at each position of the network."""
+    return np.array(self.layer_order or range(self.num_layers), np.int32)
+
+  def kept_layers(self, depth: int) -> list[int]:
+    """Positions, in ascending order, of the layers of a subnet of `depth`."""
+    return np.flatnonzero(self.layer_ranks < depth).tolist()
+
+  def to_dict(self) -> dict[str, Any]:
+    """All keys; without the order of layers where that is by position."""
+    values = dataclasses.asdict(self)
+    if not self.layer_order:
+      del values['layer_order']
+    return values
 
   @staticmethod
   def mlp_dim(embed_dim: int, mlp_ratio: float) -> int:
@@ -213,7 +247,7 @@ class SearchSpace(schema.Section):
   def live_layers(
     self, depth: Int[ArrayLike, '*A'], xp: types.ModuleType = jnp
   ) -> Bool[ArrayLike, '*A L']:
-    """Which layers run, given the index of the chosen depth."""
+    """Which layers run, by rank, given the index of the chosen depth."""
     return live_layers(self.depth, depth, xp)
 
   def canonical(self, arch: Architecture, xp=jnp) -> Architecture:
@@ -307,23 +341,30 @@ class SearchSpace(schema.Section):
     )
 
   def to_json(self, arch: Architecture) -> dict[str, Any]:
-    """The chosen values, lists as long as the subnet is deep."""
+    """The chosen values, with lists of the live layers in network order.
+
+    Where the layers have another order of ranks, `layers` has their positions.
+    """
     depth = self.depth[int(arch.depth)]
-    return {
+    kept = self.kept_layers(depth)
+    ranks = self.layer_ranks[kept]
+    values = {
       'depth': depth,
       'embed_dim': self.embed_dim[int(arch.embed_dim)],
-      'num_heads': [self.num_heads[int(i)] for i in arch.num_heads[:depth]],
-      'mlp_ratio': [self.mlp_ratio[int(i)] for i in arch.mlp_ratio[:depth]],
+      'num_heads': [self.num_heads[int(arch.num_heads[r])] for r in ranks],
+      'mlp_ratio': [self.mlp_ratio[int(arch.mlp_ratio[r])] for r in ranks],
     }
+    return values | ({'layers': kept} if self.layer_order else {})
 
   def from_json(self, values: Any) -> Architecture:
-    """The inverse of `to_json`.
+    """The inverse of `to_json`; `layers` may be absent.
 
     Raises:
-      ValueError: a key is missing or unknown, a value is not a choice of this
+      ValueError: A key is missing or unknown, a value is not a choice of this
         space, or a list is not as long as the subnet is deep.
     """
-    if not isinstance(values, dict) or set(values) != set(Architecture._fields):
+    keys = set(values) if isinstance(values, dict) else set()
+    if keys - {'layers'} != set(Architecture._fields):
       found = sorted(values) if isinstance(values, dict) else repr(values)
       raise ValueError(
         f'architecture: wanted keys {list(Architecture._fields)}, found {found}'
@@ -338,6 +379,12 @@ class SearchSpace(schema.Section):
       return choices.index(value)
 
     depth = index('depth', values['depth'])
+    kept = self.kept_layers(values['depth'])
+    if values.get('layers', kept) != kept:
+      raise ValueError(
+        f'layers: wanted {kept}, the most important ones of this space, found '
+        f'{values["layers"]}'
+      )
 
     def indices(name: str) -> np.ndarray:
       chosen = values[name]
@@ -347,8 +394,9 @@ class SearchSpace(schema.Section):
           f'{name}: wanted a list of {wanted} values, one a layer, '
           f'found {chosen!r}'
         )
-      padding = [0] * (self.num_layers - wanted)
-      return np.array([index(name, c) for c in chosen] + padding, np.int32)
+      by_rank = np.zeros(self.num_layers, np.int32)
+      by_rank[self.layer_ranks[kept]] = [index(name, c) for c in chosen]
+      return by_rank
 
     return Architecture(
       np.int32(depth),
@@ -362,10 +410,11 @@ class SearchSpace(schema.Section):
     values = self.to_json(arch)
     heads = ' '.join(str(h) for h in values['num_heads'])
     ratios = ' '.join(f'{r:g}' for r in values['mlp_ratio'])
+    layers = ' '.join(str(layer) for layer in values.get('layers', ()))
     return (
       f'depth {values["depth"]}, embed {values["embed_dim"]}, '
       f'heads {heads}, ratio {ratios}'
-    )
+    ) + (f', layers {layers}' if layers else '')
 
 
 def stack(archs: list[Architecture]) -> Architecture:

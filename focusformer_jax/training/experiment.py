@@ -90,7 +90,8 @@ class Experiment:
     return {
       'batch_size': self.settings.profile.batch_size,
       'dtype': self.settings.supernet.dtype,
-      'space': dataclasses.asdict(self.space),
+      # Every layer costs the same, wherever it is.
+      'space': dataclasses.replace(self.space, layer_order=()).to_dict(),
       'geometry': dataclasses.asdict(self.geometry),
     }
 
@@ -126,7 +127,7 @@ class Experiment:
     try:
       values = json.loads(path.read_text())
       if isinstance(values, dict):  # The files of networks hold more keys.
-        names = search_space.Architecture._fields
+        names = (*search_space.Architecture._fields, 'layers')
         values = {name: values[name] for name in names if name in values}
       return self.space.from_json(values)
     except (OSError, ValueError) as error:
@@ -314,7 +315,7 @@ def config_facts(settings: config_lib.Settings) -> dict[str, Any]:
     'data.heldout': settings.data.heldout,
     'augment.mean': settings.augment.mean,
     'augment.std': settings.augment.std,
-    'space': dataclasses.asdict(settings.space),
+    'space': settings.space.to_dict(),
     'supernet.patch_size': supernet.patch_size,
     'supernet.max_relative_position': supernet.max_relative_position,
     'supernet.pool': supernet.pool,
