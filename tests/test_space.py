@@ -165,3 +165,31 @@ def test_children_have_their_parents_choices():
   deep = children.depth == 2
   assert np.array_equal(children.num_heads[deep, 2], others.num_heads[deep, 2])
   assert same(space.crossover(rng, ones, ones), ones)
+
+
+def test_space_around_a_network_has_shares_of_its_sizes():
+  vit_s = search_space.SearchSpace((384,), (12,), (6,), (4.0,))
+  space = search_space.around(vit_s)
+  assert space == search_space.SearchSpace(
+    embed_dim=(192, 288, 384),
+    depth=(6, 8, 9, 11, 12),
+    num_heads=(3, 5, 6),
+    mlp_ratio=(1.0, 2.0, 3.0, 4.0),
+  )
+  assert space.to_json(space.largest()) == vit_s.to_json(vit_s.largest())
+  # 0.5 * 2 is 1; 0.75 * 2 rounds to 2.
+  assert search_space.around(TINY, heads=(0.5, 0.75, 1)).num_heads == (1, 2)
+
+
+@pytest.mark.parametrize(
+  'shares, message',
+  [
+    ({'widths': (0.5,)}, 'widths: wanted shares above 0 and up to 1, and 1'),
+    ({'ratios': (0.0, 1.0)}, 'ratios: wanted shares above 0'),
+    ({'depths': ()}, 'depths: wanted shares above 0'),
+    ({'heads': (0.1, 1.0)}, 'heads: wanted shares that leave at least 1 of 2'),
+  ],
+)
+def test_space_around_a_network_refuses_other_shares(shares, message):
+  with pytest.raises(ValueError, match=message):
+    search_space.around(TINY, **shares)

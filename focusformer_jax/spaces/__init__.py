@@ -16,3 +16,4 @@ from focusformer_jax.spaces.search_space import TINY
 from focusformer_jax.spaces.search_space import Architecture
 from focusformer_jax.spaces.search_space import Geometry
 from focusformer_jax.spaces.search_space import SearchSpace
+from focusformer_jax.spaces.search_space import around

@@ -3,7 +3,9 @@
 Letters: `L` layers of the supernet.
 """
 
+from collections.abc import Sequence
 import dataclasses
+import math
 import types
 from typing import Any, NamedTuple
 
@@ -429,6 +431,63 @@ def unstack(archs: Architecture) -> list[Architecture]:
     jax.tree.map(lambda leaf: leaf[i], archs)  # noqa: B023 (used at once)
     for i in range(len(archs.depth))
   ]
+
+
+def around(
+  largest: SearchSpace,
+  *,
+  widths: Sequence[float] = (0.5, 0.75, 1.0),
+  depths: Sequence[float] = (0.5, 0.625, 0.75, 0.875, 1.0),
+  heads: Sequence[float] = (0.5, 0.75, 1.0),
+  ratios: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+) -> SearchSpace:
+  """The space of the parts of a network, such as a pretrained one.
+
+  The defaults make ViT-S (384 wide, 12 layers, 6 heads, ratio 4) widths of 192,
+  288 and 384; 6, 8, 9, 11 or 12 layers; 3, 5 or 6 heads; and ratios from 1 to
+  4. They suit ViT-Ti and ViT-B as well.
+
+  Args:
+    largest: The space whose largest subnet is the network, as
+      `models.pretrained.space_of` gives it.
+    widths: Shares of its width; products are rounded to whole numbers, half
+      up, and equal ones count once.
+    depths: Shares of the number of its layers.
+    heads: Shares of the number of its heads.
+    ratios: Shares of its MLP ratio.
+
+  Raises:
+    ValueError: A share is not between 0 and 1, 1 is missing, or a product
+      rounds to 0.
+  """
+
+  def counts(name: str, whole: int, shares: Sequence[float]) -> tuple[int, ...]:
+    found = {math.floor(share * whole + 0.5) for share in check(name, shares)}
+    if min(found) < 1:
+      raise ValueError(
+        f'{name}: wanted shares that leave at least 1 of {whole}, found '
+        f'{min(shares)}'
+      )
+    return tuple(sorted(found))
+
+  def check(name: str, shares: Sequence[float]) -> Sequence[float]:
+    if not shares or min(shares) <= 0 or max(shares) != 1:
+      raise ValueError(
+        f'{name}: wanted shares above 0 and up to 1, and 1 among them, found '
+        f'{tuple(shares)}'
+      )
+    return shares
+
+  ratio = largest.mlp_ratio[-1]
+  return dataclasses.replace(
+    largest,
+    embed_dim=counts('widths', largest.embed_dim[-1], widths),
+    depth=counts('depths', largest.depth[-1], depths),
+    num_heads=counts('heads', largest.num_heads[-1], heads),
+    mlp_ratio=tuple(
+      sorted({share * ratio for share in check('ratios', ratios)})
+    ),
+  )
 
 
 # AutoFormer's spaces, as in its paper (arXiv 2107.00651, table 1), for images
