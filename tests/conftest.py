@@ -5,13 +5,19 @@ import operator
 import os
 import pathlib
 
+from jaxlib import version
+
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
-# Compiling costs more than running here, so let LLVM do less of it.
+# Compiling costs more than running here, so let XLA and LLVM do less of it.
 os.environ['XLA_FLAGS'] = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  ' --xla_cpu_parallel_codegen_split_count=1'
   # On a busy machine devices may meet late; XLA would end the process.
-  ' --xla_cpu_collective_call_terminate_timeout_seconds=3600'
+  ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
 )
+# Later versions end the process at an option that they don't know.
+if version.__version_info__ < (0, 11):
+  os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
 
 from absl import flags
 from flax import nnx
