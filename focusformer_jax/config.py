@@ -178,14 +178,20 @@ class Supernet(schema.Section):
   max_relative_position: int = key(
     14,
     'Distance, in patches along one axis, beyond which relative positions are '
-    'not told apart; 14 in AutoFormer.',
-    at_least=1,
+    'not told apart; 14 in AutoFormer. 0 for no relative position.',
+    at_least=0,
   )
   pool: str = key(
     'mean',
-    'Input of the classifier: `mean` of the patches, or the `cls` token.',
-    choices=('mean', 'cls'),
+    'Input of the classifier: `mean` of the patches, the `cls` token, or '
+    '`fc_norm`, the mean of the patches, normalized after it is taken.',
+    choices=('mean', 'cls', 'fc_norm'),
   )
+  class_token: bool = key(True, 'Whether a class token precedes the patches.')
+  registers: int = key(
+    0, 'Register tokens between class token and patches.', at_least=0
+  )
+  norm_eps: float = key(1e-5, 'Epsilon of the layer normalization.', above=0)
   drop_path: float = key(
     0.0,
     'Probability of dropping a branch of the last layer; it falls linearly to '
@@ -257,6 +263,14 @@ class Optimizer(schema.Section):
     'Leave weights unchanged that no subnet of a step used; otherwise weight '
     'decay and momentum keep moving them.',
   )
+  layer_decay: float = key(
+    1.0,
+    'Factor between the learning rates of neighboring layers: the head has the '
+    'full rate, the last layer this share of it, the first layer and the stem '
+    'the least. 1 for the same rate everywhere.',
+    above=0,
+    at_most=1,
+  )
   ema: float = key(
     0.0,
     'Decay of the moving average of the weights that is evaluated and '
@@ -269,14 +283,19 @@ class Optimizer(schema.Section):
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(schema.Section):
-  """In-place distillation from the largest subnet."""
+  """Distillation from the largest subnet, or from the initial network."""
 
   loss: str = key(
     'none',
-    'Loss between subnets and the largest subnet, which then trains in every '
-    'step: `none`, `kl`, or `alpha`, the adaptive alpha-divergence, which also '
-    'penalizes overconfidence.',
+    'Loss between subnets and their teacher: `none`, `kl`, or `alpha`, the '
+    'adaptive alpha-divergence, which also penalizes overconfidence.',
     choices=('none', 'kl', 'alpha'),
+  )
+  teacher: str = key(
+    'largest',
+    '`largest`, the largest subnet, which then trains on the labels in every '
+    'step; or `initial`, the network of `train.initial` as it came, frozen.',
+    choices=('largest', 'initial'),
   )
   weight: float = key(
     1.0,
@@ -287,6 +306,18 @@ class Distillation(schema.Section):
   temperature: float = key(
     1.0, 'Softmax temperature of teacher and student.', above=0
   )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.teacher == 'initial' and self.loss == 'none':
+      raise ValueError(
+        'loss: wanted kl or alpha for teacher=initial, found none'
+      )
+
+  @property
+  def trains_largest(self) -> bool:
+    """Whether the largest subnet trains in every step, to teach the others."""
+    return self.loss != 'none' and self.teacher == 'largest'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,8 +478,10 @@ class Train(schema.Section):
 
   initial: str = key(
     '',
-    "Initial supernet weights: a .pth or .safetensors file with AutoFormer's "
-    'parameter names; empty for random weights.',
+    'Initial supernet weights: a .pth or .safetensors file with the parameter '
+    'names of AutoFormer, timm or transformers, or the directory of an '
+    'extracted network; empty for random weights. `config.pretrained` makes a '
+    'space around all but those of AutoFormer.',
   )
   supernet: bool = key(
     True,
@@ -474,6 +507,68 @@ class Train(schema.Section):
     'Consecutive non-finite updates, each of them skipped, that stop the run.',
     at_least=1,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained(schema.Section):
+  """The pretrained network in `train.initial`, and the space around it.
+
+  The network becomes the largest subnet. It decides on `space` and on those
+  keys of `supernet` that describe a network.
+  """
+
+  num_heads: int | None = key(
+    None,
+    'Heads of every layer, which the file does not tell; None for heads of 64 '
+    'channels.',
+    at_least=1,
+  )
+  pool: str | None = key(
+    None,
+    'Input of the classifier, which the file does not tell: the `cls` token or '
+    'the `mean` of the patches. None for the class token, or for the mean '
+    'where there is an `fc_norm` or no class token.',
+    choices=('cls', 'mean'),
+  )
+  interpolate: bool = key(
+    False,
+    'Interpolate the position embedding where `data.image_size` is another '
+    "than the network's.",
+  )
+  widths: tuple[float, ...] = key(
+    (0.5, 0.75, 1.0),
+    "Choices of the token width, as shares of the network's.",
+    above=0,
+    at_most=1,
+  )
+  depths: tuple[float, ...] = key(
+    (0.5, 0.625, 0.75, 0.875, 1.0),
+    'Choices of the number of layers, in the same way.',
+    above=0,
+    at_most=1,
+  )
+  heads: tuple[float, ...] = key(
+    (0.5, 0.75, 1.0),
+    'Choices of the number of heads, in the same way.',
+    above=0,
+    at_most=1,
+  )
+  ratios: tuple[float, ...] = key(
+    (0.25, 0.5, 0.75, 1.0),
+    'Choices of the MLP ratio, in the same way.',
+    above=0,
+    at_most=1,
+  )
+  importance: str = key(
+    'taylor',
+    'Scores by which features, heads and MLP units are sorted before training: '
+    '`taylor`, the change of the predictions that removing one causes, to '
+    'first order; `magnitude`, the sum of its squared weights; or `none`, '
+    'which also leaves the layers in their order. Otherwise layers are ranked '
+    'by what dropping them changes.',
+    choices=('taylor', 'magnitude', 'none'),
+  )
+  images: int = key(256, 'Held-out images for these scores.', at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -659,6 +754,7 @@ class Settings(schema.Section):
   curriculum: Curriculum = Curriculum()
   sampler: Sampler = Sampler()
   train: Train = Train()
+  pretrained: Pretrained = Pretrained()
   search: Search = Search()
   profile: Profile = Profile()
   retrain: Retrain = Retrain()
@@ -674,7 +770,7 @@ class Settings(schema.Section):
         'curriculum.subnets: wanted a divisor of config.data.batch_size='
         f'{batch_size}, found {subnets}'
       )
-    least = 2 if self.distillation.loss == 'none' else 1
+    least = 1 if self.distillation.trains_largest else 2
     if self.curriculum.name == 'sandwich' and subnets < least:
       raise ValueError(
         f'curriculum.subnets: wanted at least {least} for sandwich, found '

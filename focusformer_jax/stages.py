@@ -28,6 +28,7 @@ from focusformer_jax.search import search
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import initial_network
 from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import train
 
@@ -52,7 +53,8 @@ def run(
 
   Args:
     settings: Settings of the run; nothing is written before they are checked.
-    workdir: Directory for `config.json`, `environment.json`, `checkpoints/`,
+    workdir: Directory for `initial/`, if the run starts from a pretrained
+      network; `config.json`, `environment.json`, `checkpoints/`,
       `metrics/`, `search/`, `results.json` and `subnet/`; from the report
       `report.html`, `report/`, `table.txt` and `pareto.png`; and `export/`,
       `profile/` and `retrain/` from the modes of these names.
@@ -62,6 +64,7 @@ def run(
     UserError: A mistake that the user can fix.
   """
   methods.check(settings.search)
+  settings = initial_network.settle(settings, workdir)
   if mode == 'report':
     _refuse_stale_results(settings, workdir)
     _report(workdir)

@@ -18,6 +18,7 @@ VARIANTS = {
   'cifar10': ('base', 'smoke'),
   'cifar100': ('base', 'smoke'),
   'digits': ('base', 'smoke'),
+  'elastic': ('base', 'smoke'),
   'fashion_mnist': ('base', 'smoke'),
   'imagenet2012': ('tiny', 'small', 'base', 'smoke'),
 }
@@ -114,7 +115,7 @@ def test_sections_check_values_without_a_config():
     ('optimizer.weight_decay', math.nan, 'a finite number of at least 0'),
     ('supernet.drop_path', 1.0, 'a number from 0 to 0.9'),
     ('supernet.dtype', 'int8', 'one of float32, bfloat16'),
-    ('supernet.pool', None, 'one of mean, cls'),
+    ('supernet.pool', None, 'one of mean, cls, fc_norm'),
     ('debug.nans', 1, 'True or False'),
     ('sampler.hidden', 8, 'a tuple of integers of at least 1'),
     ('sampler.hidden', (0,), 'a tuple of integers of at least 1'),

@@ -11,7 +11,10 @@ import pytest
 
 from configs import digits
 from focusformer_jax import config as config_lib
+from focusformer_jax.models import layers
+from focusformer_jax.models import vit
 from focusformer_jax.training import optim
+from tests.conftest import TINY, make_supernet
 
 OPTIMIZER = config_lib.parse(digits.get_config()).optimizer
 
@@ -45,6 +48,33 @@ def test_learning_rate_scales_with_the_batch(reference, accumulate, scale):
   assert schedule(0) == 0
   assert schedule(warmup) == pytest.approx(scale * peak, rel=1e-5)
   assert schedule(last) == pytest.approx(scale * end, rel=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['supernet', 'network'])
+def test_layer_decay_slows_the_first_layers(kind):
+  net = make_supernet()
+  if kind == 'network':
+    net = vit.extract(net, TINY.largest())
+  scale = optim.scale_by_layer(0.5)
+  found, _ = scale.update(
+    jax.tree.map(jnp.ones_like, net), scale.init(net), net
+  )
+  named = {
+    name: np.unique(np.asarray(param.get_value())).tolist()
+    for name, param in layers.named_params(found).items()
+  }
+  if kind == 'supernet':  # Both layers in one array.
+    wanted = {'stem': [0.125], 'blocks': [0.25, 0.5], 'head': [1.0]}
+  else:
+    wanted = {
+      'stem': [0.125],
+      'blocks.0': [0.25],
+      'blocks.1': [0.5],
+      'head': [1.0],
+    }
+  for name, values in named.items():
+    [part] = [part for part in wanted if name.startswith(f'{part}.')]
+    assert values == wanted[part], name
 
 
 def test_accumulation_averages_gradients():

@@ -75,6 +75,11 @@ def reference_space(
   ]
 
 
+def is_state_dict(state_dict: StateDict) -> bool:
+  """Whether these are AutoFormer's names."""
+  return 'patch_embed_super.proj.weight' in state_dict
+
+
 # Names of a layer's arrays that have the same layout on both sides.
 SAME = {
   'attention.out_bias': 'attn.proj.bias',

@@ -451,13 +451,31 @@ def as_supernet(
       rngs=nnx.Rngs(0),
     )
   )
+  return with_weights(supernet, network)
+
+
+def with_weights(
+  supernet: supernet_lib.Supernet, network: vit.VisionTransformer
+) -> supernet_lib.Supernet:
+  """The supernet with the weights of a network as its largest subnet.
+
+  Raises:
+    ValueError: The largest subnet of the supernet is another one.
+  """
   largest = space_of(network)
-  wanted = space.to_json(space.largest()), space.head_dim
-  found = largest.to_json(largest.largest()), largest.head_dim
+  # All layers are there, in whatever order they would be dropped.
+  space = dataclasses.replace(supernet.space, layer_order=())
+  wanted = space.to_json(space.largest()), space.head_dim, supernet.geometry
+  found = (
+    largest.to_json(largest.largest()),
+    largest.head_dim,
+    network.geometry,
+  )
   if wanted != found:
     raise ValueError(
       f'space: wanted {found} as its largest subnet, found {wanted}'
     )
+  supernet = jax.tree.map(lambda leaf: leaf, supernet)
   supernet.stem, supernet.head = network.stem, network.head
   supernet.blocks = jax.tree.map(
     lambda *leaves: jnp.stack(leaves), *network.blocks

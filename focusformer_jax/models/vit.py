@@ -166,6 +166,23 @@ def count_params(module: nnx.Module) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(module))
 
 
+def describe(
+  network: VisionTransformer, architecture: dict[str, Any]
+) -> dict[str, Any]:
+  """What `load` needs beside the weights, as JSON values.
+
+  Args:
+    network: The network.
+    architecture: Its choices, as `SearchSpace.to_json` writes them.
+  """
+  return architecture | {
+    'head_dim': network.blocks[0].attention.query.shape[-1],
+    'pool': network.head.pool,
+    'dtype': network.dtype.name,
+    'geometry': dataclasses.asdict(network.geometry),
+  }
+
+
 def save(
   network: VisionTransformer,
   architecture: dict[str, Any],
@@ -184,14 +201,10 @@ def save(
     name: np.asarray(param.get_value())
     for name, param in layers.named_params(network).items()
   }
-  description = architecture | {
-    'head_dim': network.blocks[0].attention.query.shape[-1],
-    'pool': network.head.pool,
-    'dtype': network.dtype.name,
-    'geometry': dataclasses.asdict(network.geometry),
-  }
   atomic_files.write(directory / WEIGHTS, safetensors.numpy.save(arrays))
-  atomic_files.write_json(directory / DESCRIPTION, description)
+  atomic_files.write_json(
+    directory / DESCRIPTION, describe(network, architecture)
+  )
 
 
 def load(directory: epath.Path) -> tuple[VisionTransformer, dict[str, Any]]:

@@ -149,11 +149,11 @@ def sandwich(
 ) -> Draw:
   """The largest, the smallest, and uniform draws for the rest.
 
-  The sandwich rule of BigNAS (arXiv 2003.11142). With distillation the largest
-  subnet trains on all images as the teacher, so only the smallest is fixed.
+  The sandwich rule of BigNAS (arXiv 2003.11142). Where the largest subnet
+  trains on all images as the teacher, only the smallest is fixed.
   """
   ends = [space.largest(), space.smallest()]
-  if settings.distillation.loss != 'none':
+  if settings.distillation.trains_largest:
     ends = ends[1:]
   draw_uniformly = uniform(settings, space, bins)
 

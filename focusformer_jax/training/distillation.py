@@ -1,7 +1,9 @@
-"""In-place distillation: the largest subnet teaches the others in one step.
+"""Distillation: subnets learn from the predictions of a larger network.
 
-As in BigNAS (arXiv 2003.11142), the largest subnet learns from the labels and
-the others learn from its predictions on the same images.
+In place, as in BigNAS (arXiv 2003.11142), the teacher is the largest subnet: it
+learns from the labels, and the others learn from its predictions on the same
+images. A pretrained network that becomes a supernet may teach instead, as it
+came.
 
 Letters: `B` batch, `C` classes.
 """

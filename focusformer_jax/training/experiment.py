@@ -17,7 +17,9 @@ from focusformer_jax import sharding
 from focusformer_jax.data import datasets
 from focusformer_jax.models import attention as attention_lib
 from focusformer_jax.models import autoformer
+from focusformer_jax.models import pretrained
 from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.models import vit
 from focusformer_jax.models import weight_files
 from focusformer_jax.sampler import conditional
 from focusformer_jax.sampler import cost_bins
@@ -66,6 +68,9 @@ class Experiment:
         channels=self.dataset.channels,
         num_classes=self.dataset.num_classes,
         max_relative_position=self.settings.supernet.max_relative_position,
+        class_token=self.settings.supernet.class_token,
+        registers=self.settings.supernet.registers,
+        norm_eps=self.settings.supernet.norm_eps,
       )
     except ValueError as error:
       raise errors.UserError(f'config.supernet.{error}') from error
@@ -193,6 +198,14 @@ class Experiment:
   def draw(self) -> curricula.Draw:
     return curricula.make(self.settings, self.space, self.cost_bins)
 
+  @property
+  def keeps_teacher(self) -> bool:
+    """Whether the state holds the initial network, to teach subnets."""
+    settings = self.settings
+    return (
+      settings.distillation.teacher == 'initial' and settings.train.supernet
+    )
+
   @functools.cached_property
   def optimizer(self):
     return optim.supernet_optimizer(
@@ -242,6 +255,7 @@ class Experiment:
       policy_optimizer=self.policy_optimizer.init(sampler),
       trained=conditional.architecture_weights(self.space),
       gigamacs=jnp.float32(0),
+      teacher=_as_teacher(net) if self.keeps_teacher else None,
     )
 
   @functools.cached_property
@@ -277,18 +291,24 @@ class Experiment:
     """
     placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
     state = jax.jit(self._init, out_shardings=placed)(self._seed)
-    initial = self.settings.train.initial
-    if not initial:
+    if not self.settings.train.initial:
       return state
+    initial = epath.Path(self.settings.train.initial)
     try:
-      weights = weight_files.read(epath.Path(initial))
-      net = autoformer.from_autoformer(weights, state.supernet)
+      if initial.is_dir():  # As `initial_network` leaves it in the workdir.
+        network, _ = vit.load(initial)
+        net = pretrained.with_weights(state.supernet, network)
+      else:
+        weights = weight_files.read(initial)
+        net = autoformer.from_autoformer(weights, state.supernet)
     except (errors.UserError, ValueError) as error:
       raise errors.UserError(f'config.train.initial: {error}') from error
     net = jax.device_put(net, placed.supernet)
     averaged = state.average is not None
     return state.replace(
-      supernet=net, average=jax.tree.map(jnp.copy, net) if averaged else None
+      supernet=net,
+      average=jax.tree.map(jnp.copy, net) if averaged else None,
+      teacher=_as_teacher(net) if self.keeps_teacher else None,
     )
 
   def facts(self) -> dict[str, Any]:
@@ -305,10 +325,22 @@ class Experiment:
     }
 
 
+def _as_teacher(net: supernet_lib.Supernet) -> supernet_lib.Supernet:
+  """A copy to run the largest subnet of; it compiles no branch for others."""
+  return jax.tree.map(jnp.copy, net).executed('masked')
+
+
 def config_facts(settings: config_lib.Settings) -> dict[str, Any]:
   """The facts that follow from the configuration alone."""
   supernet, sampler = settings.supernet, settings.sampler
-  return {
+  default = config_lib.Supernet()
+  # Checkpoints were written before these keys existed.
+  new = {
+    f'supernet.{name}': getattr(supernet, name)
+    for name in ('class_token', 'registers', 'norm_eps')
+    if getattr(supernet, name) != getattr(default, name)
+  }
+  return new | {
     'seed': settings.seed,
     'data.name': settings.data.name,
     'data.image_size': settings.data.image_size,

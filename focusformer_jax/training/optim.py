@@ -1,6 +1,7 @@
 """Optimizers, and the one update that every training step makes."""
 
 from collections.abc import Callable
+import re
 from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
@@ -136,11 +137,49 @@ def supernet_optimizer(
   )
   if settings.hold_untouched:
     adamw = hold_untouched(adamw)
-  optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+  parts = [optax.clip_by_global_norm(settings.clip_norm), adamw]
+  if settings.layer_decay < 1:
+    parts.append(scale_by_layer(settings.layer_decay))
+  optimizer = optax.chain(*parts)
   if settings.accumulate > 1:
     steps = optax.MultiSteps(optimizer, settings.accumulate)
     optimizer = steps.gradient_transformation()
   return skip_not_finite(optimizer)
+
+
+def scale_by_layer(decay: float) -> optax.GradientTransformation:
+  """Scales updates by `decay` for each layer between them and the head.
+
+  As in BEiT (arXiv 2106.08254): the head has factor 1, layer i of L factor
+  decay^(L - i), with layers from 0, and the stem decay^(L + 1).
+  """
+
+  def scale(updates: Weights, params: Weights) -> Weights:
+    named = layers.named_params(params)
+    # Layers are stacked in the supernet, and a list in other networks.
+    count = max(
+      param.shape[0] if param.ndim > len(param.axes) else 1 + int(match[1])
+      for name, param in named.items()
+      if (match := re.match(r'blocks\.(\w+)', name))
+    )
+
+    def factor(name: str, param: nnx.Variable) -> float | Array:
+      part, place, *_ = name.split('.')
+      if part != 'blocks':
+        return {'stem': decay ** (count + 1), 'head': 1.0}[part]
+      stacked = param.ndim > len(param.axes)
+      layer = jnp.arange(count) if stacked else int(place)
+      return jnp.reshape(
+        decay ** (count - layer), (-1,) + (1,) * (param.ndim - 1)
+      )
+
+    leaves, structure = jax.tree.flatten(updates)
+    factors = [factor(*item) for item in named.items()]
+    return jax.tree.unflatten(
+      structure, [f * leaf for f, leaf in zip(factors, leaves, strict=True)]
+    )
+
+  return optax.stateless(scale)
 
 
 def policy_optimizer(

@@ -28,7 +28,10 @@ class TrainState:
     trained: How often each choice was trained so far, float32 counts of
       subnets in the form of the policy's output.
     gigamacs: Cost of training so far in 1e9 multiply-adds, of updates (a
-      backward pass counts as two forward passes) and of all subnets scored.
+      backward pass counts as two forward passes), of all subnets scored and of
+      the teacher.
+    teacher: The supernet as it came, whose largest subnet teaches, if that is
+      configured. It is never updated.
   """
 
   step: jax.Array
@@ -40,6 +43,7 @@ class TrainState:
   policy_optimizer: optax.OptState
   trained: conditional.LogWeights
   gigamacs: jax.Array
+  teacher: supernet_lib.Supernet | None = None
 
   @property
   def scored(self) -> supernet_lib.Supernet:
@@ -58,6 +62,7 @@ class Stream(enum.IntEnum):
   SEARCH = 5
   PROFILE = 6
   RETRAIN = 7
+  IMPORTANCE = 8
 
 
 def stream_key(

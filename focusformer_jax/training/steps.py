@@ -41,7 +41,8 @@ def supernet_step(
   """One update of the weights that all subnets share.
 
   The curriculum picks S subnets, and each trains on its part of the batch. With
-  distillation the largest subnet trains on the whole batch and teaches them.
+  distillation they learn from the largest subnet, which trains on the whole
+  batch, or from the initial network, which looks at the batch once.
 
   Args:
     experiment: The fixed parts of the run.
@@ -71,6 +72,9 @@ def supernet_step(
   )
 
   largest = search_space.stack([experiment.space.largest()])
+  frozen_BC = None
+  if state.teacher is not None:
+    frozen_BC = state.teacher.grouped(images, largest, None, experiment.mesh)
 
   def loss_fn(supernet: supernet_lib.Supernet):
     def run(archs):
@@ -82,11 +86,12 @@ def supernet_step(
     loss = optax.softmax_cross_entropy(logits_BC, targets_BC).mean()
     if teaching.loss == 'none':
       return loss, {}
-    teacher_BC = run(largest)
+    teacher_BC = run(largest) if frozen_BC is None else frozen_BC
     diverge = distillation.divergence(teaching.loss, teaching.temperature)
     loss *= 1 - teaching.weight
     loss += teaching.weight * diverge(teacher_BC, logits_BC).mean()
-    loss += optax.softmax_cross_entropy(teacher_BC, targets_BC).mean()
+    if teaching.trains_largest:
+      loss += optax.softmax_cross_entropy(teacher_BC, targets_BC).mean()
     return loss, {}
 
   trained, scalars = optim.update(
@@ -99,9 +104,11 @@ def supernet_step(
   counts = curricula.count_choices(experiment.space, archs)
   examples = len(batch['label'])
   forward = _gigamacs(experiment, archs, examples // len(archs.depth))
-  if teaching.loss != 'none':
+  if teaching.trains_largest:
     forward += _gigamacs(experiment, largest, examples)
   gigamacs = state.gigamacs + FORWARD_AND_BACKWARD * forward
+  if frozen_BC is not None:
+    gigamacs += _gigamacs(experiment, largest, examples)
   if drawn.scored is not None:
     heldout = len(batch['heldout']['label'])
     gigamacs += _gigamacs(experiment, drawn.scored, heldout)
