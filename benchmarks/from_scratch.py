@@ -1,6 +1,6 @@
 """Tests whether a supernet ranks networks as training each alone does.
 
-  JAX_NUM_CPU_DEVICES=2 python benchmarks/from_scratch.py fashion_mnist \
+  JAX_NUM_CPU_DEVICES=2 python benchmarks/from_scratch.py --job fashion_mnist \
       --workdir /tmp/curricula --json from_scratch.json
 
 Reads the finished runs of `benchmarks/curricula.py` from its workdir. For some
@@ -26,13 +26,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from absl import flags
 from absl import logging
 from etils import epath
-import jax
 import numpy as np
 
 from benchmarks import curricula
-from focusformer_jax import sharding
-from focusformer_jax.deploy import retrain
-from focusformer_jax.models import vit
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import train
@@ -79,7 +75,9 @@ def candidates(
   return list(rows.values())
 
 
-def restore(job: str, curriculum: str, supernet: int, runs: pathlib.Path):
+def restore(
+  job: curricula.Job, curriculum: str, supernet: int, runs: pathlib.Path
+):
   """The experiment of one seed and its final state."""
   experiment = experiment_lib.create(
     curricula.settings_of(job, curriculum, supernet)
@@ -90,7 +88,7 @@ def restore(job: str, curriculum: str, supernet: int, runs: pathlib.Path):
 
 
 def rivals(
-  job: str, row: dict[str, Any], runs: pathlib.Path
+  job: curricula.Job, row: dict[str, Any], runs: pathlib.Path
 ) -> list[dict[str, Any]]:
   """The two best networks of equal cost but other depth or width."""
   experiment, state = restore(job, 'uniform', row['supernet'], runs)
@@ -124,61 +122,39 @@ def rivals(
   ]
 
 
-def inherited(job: str, rows: list[dict[str, Any]], runs: pathlib.Path) -> None:
-  """Adds test accuracies with the inherited weights of one seed's supernets.
-
-  Also saves the networks; `trained_alone` reads their architecture only.
-  """
+def inherited(
+  job: curricula.Job, rows: list[dict[str, Any]], runs: pathlib.Path
+) -> None:
+  """Adds test accuracies with the inherited weights of one seed's supernets."""
   for curriculum in ('focus', 'uniform'):
     experiment, state = restore(job, curriculum, rows[0]['supernet'], runs)
     archs = [experiment.space.from_json(row['architecture']) for row in rows]
     scores = evaluate.Evaluator(experiment).score(
       state.scored, archs, experiment.dataset.split('test')
     )
-    weights = sharding.on_host(experiment.mesh, state.scored)
-    for row, arch, score in zip(rows, archs, scores, strict=True):
+    for row, score in zip(rows, scores, strict=True):
       row[f'inherited_{curriculum}'] = score.accuracy
-      folder = folder_of(runs, row) / 'network'
-      if not folder.exists():
-        network = jax.device_put(vit.extract(weights, arch))
-        vit.save(network, row['architecture'], epath.Path(folder))
-
-
-def folder_of(runs: pathlib.Path, row: dict[str, Any]) -> pathlib.Path:
-  """Directory of an architecture; rows that share one train it only once."""
-  values = row['architecture'].values()
-  name = '-'.join(str(value).replace(' ', '') for value in values)
-  return runs / 'from_scratch' / name
 
 
 def trained_alone(
-  job: str, row: dict[str, Any], runs: pathlib.Path, steps: int, seeds: int
+  job: curricula.Job,
+  row: dict[str, Any],
+  runs: pathlib.Path,
+  steps: int,
+  seeds: int,
 ) -> dict[str, float]:
-  """Mean test accuracy over seeds, trained from new weights."""
-  accuracies = []
-  for seed in range(seeds):
-    folder = folder_of(runs, row)
-    workdir = epath.Path(folder / f'seed-{seed}')
-    if not (workdir / 'retrain/results.json').exists():
-      print(f'{folder.name}, seed {seed}', flush=True)
-      recipe = {
-        'retrain.network': str(folder / 'network'),
-        'retrain.inherit': False,
-        'retrain.steps': steps,
-        'retrain.eval_every': steps,
-        'retrain.checkpoint_every': steps,
-      }
-      settings = curricula.settings_of(job, 'uniform', seed, recipe)
-      same = ('learning_rate', 'warmup_steps')
-      recipe |= {
-        f'retrain.optimizer.{key}': getattr(settings.optimizer, key)
-        for key in same
-      }
-      settings = curricula.settings_of(job, 'uniform', seed, recipe)
-      retrain.retrain(settings, workdir)
-    results = json.loads((workdir / 'retrain/results.json').read_text())
-    accuracies.append(results['test_accuracy_after'])
-  return curricula.mean_and_error(accuracies)
+  """Mean test accuracy over seeds; rows of one architecture share trainings."""
+  name = f'uniform-{row["supernet"]}'
+  settings = curricula.settings_of(job, 'uniform', row['supernet'])
+  network = curricula.save_network(epath.Path(runs / name), settings, row)
+  return curricula.mean_and_error(
+    [
+      curricula.trained_alone(
+        job, seed, steps, network, network.parent / f'{steps}-{seed}'
+      )
+      for seed in range(seeds)
+    ]
+  )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -208,7 +184,7 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('job', choices=curricula.JOBS)
+  parser.add_argument('--job', type=curricula.find_job, required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument(
     '--budgets',
@@ -233,7 +209,7 @@ def main():
   logging.set_verbosity(logging.WARNING)
   curricula.keep_compiled_programs(args.workdir)
 
-  runs = args.workdir / args.job
+  runs = args.workdir / args.job.name
   rows = []
   for supernet in args.supernets:
     found = candidates(runs, supernet, args.budgets)
