@@ -370,6 +370,29 @@ class Curriculum(schema.Section):
     '`focus`, `uniform_cost` and `attentive`: draw the budgets of the subnets '
     'of an update from as many equal parts of their range, one from each.',
   )
+  tilt: float = key(
+    0.0,
+    '`focus`: how much more often large budgets are drawn at the last step. '
+    'The density at the position u of the range, from 0 to 1, is proportional '
+    'to u to the power of a number that grows linearly from 0 at the end of '
+    'the warm-up to this one.',
+    at_least=0,
+  )
+  largest: float = key(
+    0.0,
+    '`focus`: probability that an update trains the largest subnet in place '
+    'of its last one, in the warm-up too.',
+    at_least=0,
+    at_most=1,
+  )
+  decay: tuple[float, float] | None = key(
+    None,
+    'Exponents g of the smallest and the largest subnet, linear in the '
+    'logarithm of the cost in between. After the share t of all steps, losses '
+    'weigh (1 - t)^g relative to the mean over the subnets of an update. '
+    'None: equal weights.',
+    at_least=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,6 +441,12 @@ class Sampler(schema.Section):
     True,
     'Divide advantages by the standard deviation of the compared rewards.',
   )
+  shrink: bool = key(
+    False,
+    'Multiply advantages by the share of that standard deviation which is not '
+    'explained by the choice of held-out images; for the rewards `loss` and '
+    '`accuracy`.',
+  )
   constraint: str = key(
     'exact',
     '`exact` draws within the budget; `penalty` draws freely and loses reward '
@@ -453,7 +482,8 @@ class Sampler(schema.Section):
   )
   entropy: float = key(
     0.05,
-    "Weight of the policy's entropy in its objective right after the warm-up.",
+    "Weight of the policy's entropy in its objective right after the warm-up; "
+    'with `target_entropy`, weight of half the squared distance from there.',
     at_least=0,
   )
   final_entropy: float = key(
@@ -461,10 +491,29 @@ class Sampler(schema.Section):
     'The same weight at the last step; it changes linearly in between.',
     at_least=0,
   )
+  target_entropy: float = key(
+    0.0,
+    'Entropy that the policy is steered to right after the warm-up, as a share '
+    'of the highest possible one at the budget, which is the logarithm of the '
+    'number of subnets. 0: it is not steered.',
+    at_least=0,
+    at_most=1,
+  )
+  final_target_entropy: float = key(
+    0.0,
+    'The same share at the last step; it changes linearly in between.',
+    at_least=0,
+    at_most=1,
+  )
   learning_rate: float = key(1e-2, "Adam's learning rate.", above=0)
 
   def __post_init__(self):
     super().__post_init__()
+    if self.shrink and self.reward not in ('loss', 'accuracy'):
+      raise ValueError(
+        f'shrink: wanted False with reward={self.reward}, which is no mean '
+        'over images, found True'
+      )
     if self.window and self.constraint == 'penalty':
       raise ValueError(
         f'window: wanted 0 with constraint=penalty, which draws freely, found '

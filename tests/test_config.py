@@ -162,6 +162,11 @@ def test_messages_name_key_domain_and_value(tfds_dir, key, value, wanted):
       'curriculum.subnets: wanted at least 2 for sandwich, found 1',
     ),
     (
+      {'sampler__shrink': True, 'sampler__reward': 'pareto'},
+      'sampler.shrink: wanted False with reward=pareto, which is no mean over '
+      'images, found True',
+    ),
+    (
       {'sampler__constraint': 'penalty', 'sampler__window': 0.8},
       'sampler.window: wanted 0 with constraint=penalty, which draws freely',
     ),

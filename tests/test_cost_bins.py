@@ -161,6 +161,18 @@ def test_architectures_are_counted_by_bins(bins):
     assert within == (COSTS <= budget).sum()
 
 
+@pytest.mark.parametrize('share', [0.0, 0.8])
+def test_log_count_is_that_of_the_enumeration(bins, share):
+  for budget in np.linspace(*bins.range, 5).astype(int):
+    lower = bins.lower_bound(budget, share) if share else None
+    inside = COSTS <= budget
+    if share:
+      inside &= int(lower) < COSTS
+    np.testing.assert_allclose(
+      bins.log_count(budget, lower), np.log(inside.sum()), atol=1e-5
+    )
+
+
 @pytest.mark.parametrize('max_bins', [9, 4000])
 def test_lowest_budget_leaves_so_many_architectures(max_bins):
   bins = cost_bins.CostBins(cost.macs(TINY, GEOMETRY), max_bins)

@@ -9,6 +9,7 @@ from scipy import stats
 from configs import digits
 from focusformer_jax import config as config_lib
 from focusformer_jax.sampler import conditional
+from focusformer_jax.spaces import search_space
 from focusformer_jax.training import curricula
 from tests.conftest import TINY
 from tests.enumerated import ALL
@@ -176,6 +177,47 @@ def test_strata_give_each_subnet_a_part_of_the_range(bins, name):
   for part in range(COUNT):
     these = slice(part * 5_000, (part + 1) * 5_000)
     assert_distributed(found[:, part], probability[:, these].mean(1))
+
+
+def test_largest_takes_the_place_of_the_last_subnet(bins):
+  found = draw(
+    bins,
+    parse('focus', largest=0.4),
+    policy=lambda budget: conditional.choice_weights(TINY),
+  )
+  uniform = uniform_over_choices()
+  assert_distributed(found[:, :-1], uniform)
+  assert_distributed(found[:, -1], 0.4 * (COSTS == COSTS.max()) + 0.6 * uniform)
+
+
+def test_tilt_draws_large_budgets_more_often(bins):
+  weights = conditional.architecture_weights(TINY)
+  found = draw(
+    bins,
+    parse('focus', epsilon=0.0, final_epsilon=0.0, tilt=2.0),
+    step=digits.get_config().train.steps,
+    policy=lambda budget: weights,
+  )
+  low, high = map(float, bins.range)
+  # Positions u with the density 3 u^2 are cube roots of uniform numbers.
+  position = np.cbrt(np.linspace(0, 1, 20_001))
+  within = COSTS[:, None] <= low * (high / low) ** position
+  assert_distributed(found, (within / within.sum(0)).mean(1))
+
+
+def test_gradient_weights_decay_by_the_exponent_of_the_cost(bins):
+  options = parse('focus', decay=(4.0, 0.5)).curriculum
+  ends = search_space.stack([TINY.smallest(), TINY.largest()])
+
+  def weights(progress):
+    return curricula.gradient_weights(
+      options, bins, jnp.float32(progress), ends
+    )
+
+  np.testing.assert_allclose(weights(0.0), [1, 1])
+  small, large = weights(0.6)
+  np.testing.assert_allclose(small / large, 0.4 ** (4.0 - 0.5), rtol=1e-5)
+  np.testing.assert_allclose(small + large, 2, rtol=1e-6)
 
 
 def test_after_warmup_moves_in_a_straight_line():

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from configs import digits
 from focusformer_jax import config as config_lib
@@ -67,6 +68,25 @@ def test_unused_budget_costs_reward(settings):
   reward, _ = rewards.advantages(sparing, SCORED)
   np.testing.assert_allclose(reward[0], [-0.9 - 0.2, -0.5, -0.7], rtol=1e-6)
   np.testing.assert_allclose(reward[1], [-0.4, -0.5 - 0.2, -0.3], rtol=1e-6)
+
+
+def test_signal_is_what_a_paired_comparison_says():
+  rng = np.random.default_rng(0)
+  values_KMB = rng.normal(size=(3, 2, 40)) + rng.normal(size=(3, 1, 40))
+  values_KMB[:, 0] += np.array([0.0, 0.5, 2.0])[:, None]
+  # Of two subnets, F is the square of the paired t.
+  t_K = stats.ttest_rel(values_KMB[:, 0], values_KMB[:, 1], axis=-1).statistic
+  found = rewards.signal(jnp.asarray(values_KMB, jnp.float32))
+  np.testing.assert_allclose(
+    found[:, 0], np.maximum(0, 1 - 1 / t_K**2), atol=1e-4
+  )
+
+
+def test_signal_scales_advantages(settings):
+  factor = jnp.array([[0.0], [0.5]])
+  _, whole = rewards.advantages(settings, SCORED)
+  _, found = rewards.advantages(settings, SCORED, factor)
+  np.testing.assert_allclose(found, factor * whole)
 
 
 @pytest.mark.parametrize('count', range(2, 13))

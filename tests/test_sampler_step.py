@@ -99,3 +99,32 @@ def test_comparisons_keep_to_their_window(experiment):
     assert 0.99 * lower < mean_cost < 1.001 * budget
     np.testing.assert_allclose(metrics['sampler/entropy'], entropy, rtol=1e-3)
   assert max(lowers) > bins.range[0]
+
+
+def test_entropy_is_steered_to_its_target(experiment):
+  """Both from above, where a new policy is, and from below."""
+  share = 0.4
+  experiment = changed(
+    experiment,
+    target_entropy=share,
+    final_target_entropy=share,
+    entropy=1.0,
+    shrink=True,
+    budgets_per_update=2,
+  )
+  bins, batch = experiment.cost_bins, heldout_batch(experiment)
+  budget = jnp.int32(sum(bins.range) // 2)
+
+  @jax.jit
+  def entropy(policy):
+    weights = policy(bins.normalize(budget))
+    return conditional.entropy(weights, bins, budget)
+
+  step = jax.jit(functools.partial(steps.frozen_step, experiment))
+  state, highest = experiment.init_state(), float(bins.log_count(budget))
+  assert entropy(state.policy) > 0.8 * highest
+  found = []
+  for _ in range(80):
+    state, _ = step(state, batch)
+    found.append(float(entropy(state.policy)))
+  assert abs(np.mean(found[-20:]) / highest - share) < 0.1

@@ -154,6 +154,19 @@ class CostBins:
     inside_DEG = self.allowed(budget, lower) & (self.num_architectures > 0)
     return jnp.where(jnp.any(inside_DEG), lower, -1)
 
+  def log_count(
+    self, budget: Int[ArrayLike, ''], lower: Int[ArrayLike, ''] | None = None
+  ) -> Float[Array, '']:
+    """Log of the number of architectures that `allowed` admits.
+
+    It is the highest entropy, in nats, that a distribution over them can have.
+    """
+    with np.errstate(divide='ignore'):
+      log_DEG = np.log(self.num_architectures).astype(np.float32)
+    return jax.nn.logsumexp(
+      jnp.where(self.allowed(budget, lower), log_DEG, -jnp.inf)
+    )
+
   @functools.cached_property
   def num_architectures(self) -> Float[np.ndarray, 'D E G']:
     """How many architectures of each depth and width spend each number of bins.

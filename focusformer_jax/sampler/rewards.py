@@ -3,7 +3,7 @@
 The reward of the FocusFormer paper is not public. The alternatives here are
 this project's choice.
 
-Letters: `K` budgets of one update, `M` subnets drawn at each.
+Letters: `K` budgets of one update, `M` subnets drawn at each, `B` images.
 """
 
 import dataclasses
@@ -81,8 +81,29 @@ REWARDS = {
 }
 
 
+def signal(values_KMB: Float[Array, 'K M B']) -> Float[Array, 'K 1']:
+  """Share of the spread of M means over B images that is not sampling noise.
+
+  All subnets see the same images, so it is no noise that some are harder. What
+  is left of a value after the means of its subnet and of its image are
+  subtracted has a variance s^2. Sampling noise adds s^2 / B to the variance v
+  of the M means (analysis of variance with two factors), so the share is
+  max(0, 1 - s^2 / (B v)).
+  """
+  subnets, images = values_KMB.shape[1:]
+  centered_KMB = values_KMB - values_KMB.mean(1, keepdims=True)
+  mean_KM1 = centered_KMB.mean(2, keepdims=True)
+  rest_K = jnp.square(centered_KMB - mean_KM1).sum((1, 2))
+  noise_K = rest_K / ((subnets - 1) * (images - 1) * images)
+  spread_K = jnp.square(mean_KM1).sum((1, 2)) / (subnets - 1)
+  share_K = 1 - noise_K / jnp.maximum(spread_K, LEAST_SPREAD**2)
+  return jax.nn.relu(share_K)[:, None]
+
+
 def advantages(
-  settings: config_lib.Sampler, scored: Scored
+  settings: config_lib.Sampler,
+  scored: Scored,
+  signal_K1: Float[Array, 'K 1'] | float = 1.0,
 ) -> tuple[Float[Array, 'K M'], Float[Array, 'K M']]:
   """Rewards as configured, and the advantage of each subnet at its budget.
 
@@ -98,6 +119,7 @@ def advantages(
   Args:
     settings: The section `config.sampler`.
     scored: Scores of M subnets at each of K budgets.
+    signal_K1: Factor of the advantages at each budget.
 
   Returns:
     Rewards and advantages.
@@ -115,4 +137,4 @@ def advantages(
   if settings.scale_rewards:
     spread_K1 = shifted_KM.std(1, keepdims=True)
     advantage_KM /= jnp.maximum(spread_K1, LEAST_SPREAD)
-  return reward_KM, advantage_KM
+  return reward_KM, signal_K1 * advantage_KM

@@ -183,17 +183,21 @@ def focus(
 
   With `sampler.window` w, draws for a budget b cost more than w * b, wherever
   the space has an architecture in between. With `strata`, the budgets come from
-  S equal parts of their range. Neither changes the warm-up.
+  S equal parts of their range. With `tilt`, large budgets become more frequent
+  until the last step. None of the three changes the warm-up. With probability
+  `largest`, the last of the S subnets is the largest one, in the warm-up too.
   """
-  count, window = settings.curriculum.subnets, settings.sampler.window
-  warmup = warmup_steps(settings)
-  epsilon = after_warmup(
-    settings, settings.curriculum.epsilon, settings.curriculum.final_epsilon
-  )
+  options, window = settings.curriculum, settings.sampler.window
+  count, warmup = options.subnets, warmup_steps(settings)
+  epsilon = after_warmup(settings, options.epsilon, options.final_epsilon)
+  tilt = after_warmup(settings, 0.0, options.tilt)
+  largest = space.largest()
 
   def draw_one(key, part, step, policy):
     budget_key, explore_key, draw_key = jax.random.split(key, 3)
-    budget = _budget(settings, bins, budget_key, part, settings.sampler.budgets)
+    budget = _budget(
+      settings, bins, budget_key, part, settings.sampler.budgets, tilt(step)
+    )
     explore = jax.random.uniform(explore_key) < epsilon(step)
     weights = _select(
       step < warmup,
@@ -215,7 +219,17 @@ def focus(
     del score
     keys = jax.random.split(key, count)
     draw_all = jax.vmap(draw_one, (0, 0, None, None))
-    return Drawn(draw_all(keys, jnp.arange(count), step, policy))
+    drawn = draw_all(keys, jnp.arange(count), step, policy)
+    if options.largest:
+      pinned = jax.random.bernoulli(
+        jax.random.fold_in(key, count), options.largest
+      )
+      drawn = jax.tree.map(
+        lambda leaf, end: leaf.at[-1].set(jnp.where(pinned, end, leaf[-1])),
+        drawn,
+        largest,
+      )
+    return Drawn(drawn)
 
   return draw
 
@@ -235,11 +249,18 @@ def _budget(
   key: jax.Array,
   part: Int[Array, ''],
   scale: str,
+  tilt: Float[ArrayLike, ''] = 0.0,
 ) -> Int[Array, '']:
-  """A random budget for the subnet number `part` of S."""
+  """A random budget for the subnet number `part` of S.
+
+  Its position u in the range, from 0 to 1, has a density proportional to
+  u^tilt.
+  """
   position = jax.random.uniform(key)
   if settings.curriculum.strata:
     position = (part + position) / settings.curriculum.subnets
+  if settings.curriculum.tilt:
+    position **= 1 / (1 + tilt)
   return bins.denormalize(position, scale)
 
 
@@ -267,6 +288,34 @@ def _within_uniform_budgets(
 def _select(condition: Bool[ArrayLike, ''], yes: Any, no: Any) -> Any:
   """One of two pytrees of the same structure."""
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def gradient_weights(
+  settings: config_lib.Curriculum,
+  bins: cost_bins.CostBins,
+  progress: Float[Array, ''],
+  archs: search_space.Architecture,
+) -> Float[Array, 'S']:
+  """Weight of each subnet's loss in an update; their mean is 1.
+
+  The complexity-aware learning rate of arXiv 2503.10740 is lr (1 - t/T)^g, with
+  an exponent g that falls linearly in the logarithm of a subnet's cost: small
+  subnets learn early, large ones until the end. Subnets that share an update
+  share its learning rate, so here (1 - t/T)^g weighs their losses instead,
+  relative to the mean over the S subnets.
+
+  Args:
+    settings: The section `config.curriculum`, whose `decay` has the exponents
+      of the smallest and the largest subnet.
+    bins: The costs.
+    progress: t/T, the share of the training steps that are done.
+    archs: The S subnets.
+  """
+  small, large = settings.decay
+  position_S = jax.vmap(lambda a: bins.normalize(bins.table.units(a)))(archs)
+  exponent_S = small + (large - small) * position_S
+  weight_S = jax.nn.softmax(exponent_S * jnp.log1p(-progress))
+  return len(weight_S) * weight_S
 
 
 def count_choices(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import optax
 
 from focusformer_jax import sharding
@@ -75,6 +75,15 @@ def supernet_step(
   frozen_BC = None
   if state.teacher is not None:
     frozen_BC = state.teacher.grouped(images, largest, None, experiment.mesh)
+  weight_B = 1.0
+  if settings.curriculum.decay is not None:
+    weight_S = curricula.gradient_weights(
+      settings.curriculum,
+      experiment.cost_bins,
+      state.step / settings.train.steps,
+      archs,
+    )
+    weight_B = jnp.repeat(weight_S, len(batch['label']) // len(weight_S))
 
   def loss_fn(supernet: supernet_lib.Supernet):
     def run(archs):
@@ -83,13 +92,14 @@ def supernet_step(
       )
 
     logits_BC = run(archs)
-    loss = optax.softmax_cross_entropy(logits_BC, targets_BC).mean()
+    loss_B = optax.softmax_cross_entropy(logits_BC, targets_BC)
+    loss = (weight_B * loss_B).mean()
     if teaching.loss == 'none':
       return loss, {}
     teacher_BC = run(largest) if frozen_BC is None else frozen_BC
     diverge = distillation.divergence(teaching.loss, teaching.temperature)
     loss *= 1 - teaching.weight
-    loss += teaching.weight * diverge(teacher_BC, logits_BC).mean()
+    loss += teaching.weight * (weight_B * diverge(teacher_BC, logits_BC)).mean()
     if teaching.trains_largest:
       loss += optax.softmax_cross_entropy(teacher_BC, targets_BC).mean()
     return loss, {}
@@ -180,7 +190,12 @@ def sampler_step(
   archs_A = jax.tree.map(
     lambda leaf: leaf.reshape(K * M, *leaf.shape[2:]), archs_KM
   )
-  scores = eval_step(experiment, state.scored, archs_A, batch)
+  scores_AB = score_images(experiment, state.scored, archs_A, batch)
+  scores = _sums(scores_AB, batch['weight'])
+  signal_K1 = 1.0
+  if settings.shrink:
+    values_AB = getattr(scores_AB, settings.reward).astype(jnp.float32)
+    signal_K1 = rewards.signal(values_AB.reshape(K, M, -1))
   reward_KM, advantage_KM = rewards.advantages(
     settings,
     rewards.Scored(
@@ -189,9 +204,13 @@ def sampler_step(
       cost_KM=jax.vmap(bins.table.units)(archs_A).reshape(K, M),
       budget_K=budget_K,
     ),
+    signal_K1,
   )
   entropy_weight = curricula.after_warmup(
     experiment.settings, settings.entropy, settings.final_entropy
+  )(state.step)
+  entropy_share = curricula.after_warmup(
+    experiment.settings, settings.target_entropy, settings.final_target_entropy
   )(state.step)
 
   def loss_fn(policy: policy_lib.Policy):
@@ -201,7 +220,12 @@ def sampler_step(
         weights, space, bins, bound, archs_M, lower
       )
       entropy = conditional.entropy(weights, bins, bound, lower)
-      loss = -jnp.mean(advantage_M * log_prob_M) - entropy_weight * entropy
+      loss = -jnp.mean(advantage_M * log_prob_M)
+      if settings.target_entropy:
+        target = entropy_share * bins.log_count(bound, lower)
+        loss += 0.5 * settings.entropy * jnp.square(entropy - target)
+      else:
+        loss -= entropy_weight * entropy
       return loss, entropy
 
     loss_K, entropy_K = jax.vmap(at_budget)(
@@ -237,6 +261,13 @@ def frozen_step(
   return state.replace(step=state.step + 1), metrics
 
 
+class ImageScores(NamedTuple):
+  """Cross-entropy of each image, and whether it is classified correctly."""
+
+  loss: Float[Array, '*A B']
+  accuracy: Bool[Array, '*A B']
+
+
 class Scores(NamedTuple):
   """Sums over the examples of a batch, for one network or each of A."""
 
@@ -245,13 +276,22 @@ class Scores(NamedTuple):
   count: Float[Array, '*A']
 
 
-def score(logits_BC: Float[Array, 'B C'], batch: dict[str, Array]) -> Scores:
-  """Sums of cross-entropy and of right answers; padding has weight 0."""
-  labels_B, weights_B = batch['label'], batch['weight']
-  loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B)
-  correct_B = jnp.argmax(logits_BC, -1) == labels_B
+def _score_images(
+  logits_BC: Float[Array, 'B C'], batch: dict[str, Array]
+) -> ImageScores:
+  labels_B = batch['label']
+  return ImageScores(
+    optax.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B),
+    jnp.argmax(logits_BC, -1) == labels_B,
+  )
+
+
+def _sums(scores: ImageScores, weights_B: Float[Array, 'B']) -> Scores:
+  """Sums over the images of a batch; padding has weight 0."""
   return Scores(
-    (loss_B * weights_B).sum(), (correct_B * weights_B).sum(), weights_B.sum()
+    (scores.loss * weights_B).sum(-1),
+    (scores.accuracy * weights_B).sum(-1),
+    jnp.broadcast_to(weights_B.sum(), scores.loss.shape[:-1]),
   )
 
 
@@ -261,7 +301,18 @@ def eval_step(
   archs: search_space.Architecture,
   batch: dict[str, Array],
 ) -> Scores:
-  """Scores A subnets on one batch, each device its part of the images."""
+  """Scores A subnets on one batch."""
+  scores_AB = score_images(experiment, supernet, archs, batch)
+  return _sums(scores_AB, batch['weight'])
+
+
+def score_images(
+  experiment: experiment_lib.Experiment,
+  supernet: supernet_lib.Supernet,
+  archs: search_space.Architecture,
+  batch: dict[str, Array],
+) -> ImageScores:
+  """Scores A subnets on each image, each device its part of the images."""
   mesh = experiment.mesh
   supernet = sharding.gathered(mesh, supernet).executed(
     experiment.scoring_execution
@@ -269,16 +320,18 @@ def eval_step(
 
   def local(supernet, archs, batch):
     images = augment.normalize(experiment.recipe, batch['image'])
-    return jax.lax.map(lambda arch: score(supernet(images, arch), batch), archs)
+    return jax.lax.map(
+      lambda arch: _score_images(supernet(images, arch), batch), archs
+    )
 
   if mesh.size == 1:
     return local(supernet, archs, batch)
   whole = jax.sharding.PartitionSpec()
   return jax.shard_map(
-    lambda *operands: jax.lax.psum(local(*operands), mesh.axis_names),
+    local,
     mesh=mesh,
     in_specs=(whole, whole, sharding.BATCH),
-    out_specs=whole,
+    out_specs=jax.sharding.PartitionSpec(None, *sharding.BATCH),
     # A kernel does not say over which axes its result varies.
     check_vma=False,
   )(supernet, archs, batch)
@@ -292,7 +345,7 @@ def network_eval_step(
   """Scores a standalone network on one batch."""
   network = sharding.gathered(experiment.mesh, network)
   images = augment.normalize(experiment.recipe, batch['image'])
-  return score(network(images), batch)
+  return _sums(_score_images(network(images), batch), batch['weight'])
 
 
 class Proposal(NamedTuple):
