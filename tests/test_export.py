@@ -172,14 +172,29 @@ def test_artifact_takes_any_number_of_images_on_any_platform(job):
 
 
 def test_onnx_gives_the_same_logits(job):
-  pytest.importorskip('jax2onnx')
   onnxruntime = pytest.importorskip('onnxruntime')
   session = onnxruntime.InferenceSession(
     (job.directory / 'model.onnx').read_bytes()
   )
   for count in (1, 5):
     [logits] = session.run(['logits'], {'images': job.images[:count]})
-    np.testing.assert_allclose(logits, job.logits[:count], atol=1e-4)
+    np.testing.assert_allclose(logits, job.logits[:count], atol=1e-5)
+
+
+def test_torch_gives_the_same_logits(job):
+  torch = pytest.importorskip('torch')
+  path = job.directory / 'model_torch.py'
+  spec = importlib.util.spec_from_file_location('model_torch', path)
+  model_torch = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(model_torch)
+  with torch.no_grad():
+    images = model_torch.normalize(torch.tensor(job.images))
+    logits = model_torch.load()(images)
+  np.testing.assert_allclose(logits, job.logits, atol=1e-5)
+
+
+def test_torch_module_is_at_most_150_lines(job):
+  assert len((job.directory / 'model_torch.py').read_text().splitlines()) <= 150
 
 
 def only_jax_and_pillow(folder: pathlib.Path) -> None:

@@ -49,7 +49,7 @@ def test_load_gives_what_was_saved(saved):
   [
     (
       {'embed_dim': 8},
-      'blocks.0.attention.key of shape (8, 2, 4), found (12, 2',
+      'patch_embed.proj.weight of shape (8, 1, 2, 2), found (12, 1',
     ),
     ({'num_heads': [2, 2, 2], 'mlp_ratio': [2.5] * 3}, 'found nothing'),
     ({'num_heads': [2]}, 'found zip() argument 2 is longer'),

@@ -9,6 +9,7 @@ Letters: `B` batch, `C` classes.
 
 from collections.abc import Callable, Iterable
 import dataclasses
+import importlib.util
 import io
 import json
 import pathlib
@@ -28,6 +29,7 @@ from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax.data import augment
 from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.models import timm
 from focusformer_jax.models import vit
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import experiment as experiment_lib
@@ -35,12 +37,20 @@ from focusformer_jax.training import experiment as experiment_lib
 ARTIFACT = 'model.jax_export'
 CARD = 'README.md'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
+ONNX = 'model.onnx'
+# They write that file and read it.
+ONNX_PACKAGES = ('onnx', 'onnxruntime')
 # Largest deviation from the logits of the network in memory, as a share of the
 # largest of those.
 TOLERANCE = 1e-5
-ONNX_TOLERANCE = 1e-4
 # Number of images that files are compared on.
 COMPARED = 16
+
+# Files that every export has, and where they come from.
+TEMPLATES = {
+  'predict.py': 'predict_template.py',
+  'model_torch.py': 'torch_template.py',
+}
 
 Classify = Callable[[np.ndarray], jax.Array]
 
@@ -49,10 +59,13 @@ USE = {
   'probability for each image; needs jax and pillow',
   ARTIFACT: 'uint8 images, any number of them, to logits: '
   f'`jax.export.deserialize` reads it, for {", ".join(PLATFORMS)}',
-  'model.onnx': 'the same for onnxruntime',
+  ONNX: 'the same for onnxruntime',
   'preprocessing.json': 'preprocessing of images for both, and the class names',
-  vit.WEIGHTS: 'the weights, for `focusformer_jax.models.vit.load`',
-  vit.DESCRIPTION: 'the architecture, for the same function',
+  'model_torch.py': 'the network in PyTorch: `load()` returns a module; needs '
+  'torch alone',
+  vit.WEIGHTS: "the weights, in timm's names and layouts; "
+  '`focusformer_jax.models.vit.load` reads them, too',
+  vit.DESCRIPTION: 'the architecture, for the same two',
   'flatbuffers.zip': "the library with which jax reads its format (Google's, "
   'Apache 2.0)',
 }
@@ -78,7 +91,7 @@ def export(
 
   Returns:
     The directory, with the files of `USE` and a model card; `model.onnx` only
-    if a `jax2onnx` is installed that fits the version of JAX.
+    if the packages of the extra `onnx` are installed.
 
   Raises:
     UserError: A file does not give the network's logits when it is read back.
@@ -95,13 +108,11 @@ def export(
 
   scale = float(np.abs(logits_BC).max())
 
-  def compare(
-    file: str, found_BC: jax.typing.ArrayLike, tolerance: float = TOLERANCE
-  ) -> None:
+  def compare(file: str, found_BC: jax.typing.ArrayLike) -> None:
     deviation = float(np.abs(np.asarray(found_BC) - logits_BC).max())
-    if not deviation <= tolerance * scale:
+    if not deviation <= TOLERANCE * scale:
       raise errors.UserError(
-        f'{directory / file}: wanted the logits of the network to {tolerance} '
+        f'{directory / file}: wanted the logits of the network to {TOLERANCE} '
         f'of the largest, {scale:.2g}, found a deviation of {deviation:.2g}; '
         'do not use that file'
       )
@@ -118,18 +129,17 @@ def export(
   )
   compare(ARTIFACT, artifact(images))
 
-  if onnx := _onnx(recipe, network):
-    (directory / 'model.onnx').write_bytes(onnx)
-    onnx = (directory / 'model.onnx').read_bytes()
-    compare('model.onnx', _run_onnx(onnx, images), ONNX_TOLERANCE)
+  if _can_write_onnx():
+    (directory / ONNX).write_bytes(_onnx(recipe, network))
+    compare(ONNX, _run_onnx((directory / ONNX).read_bytes(), images))
 
   atomic_files.write_json(
     directory / 'preprocessing.json', _preprocessing(experiment)
   )
   (directory / 'flatbuffers.zip').write_bytes(_flatbuffers())
-  (directory / 'predict.py').write_text(
-    pathlib.Path(__file__).with_name('predict_template.py').read_text()
-  )
+  for file, template in TEMPLATES.items():
+    source = pathlib.Path(__file__).with_name(template)
+    (directory / file).write_text(source.read_text())
   accuracy = {
     split: _accuracy(experiment, artifact, split)
     for split in ('heldout', 'test')
@@ -176,29 +186,26 @@ def _artifact(
   return bytes(export_to(_images(network.geometry)).serialize())
 
 
-def _onnx(
-  recipe: config_lib.Augment, network: vit.VisionTransformer
-) -> bytes | None:
-  """The network in ONNX; None if no converter fits."""
-  try:
-    import jax2onnx  # Brings onnxruntime.
-  except ImportError:
-    logging.info('no model.onnx: pip install jax2onnx to get one')
-    return None
-  try:
-    model = jax2onnx.to_onnx(
-      _classifier(recipe, network),
-      [_images(network.geometry)],
-      input_names=['images'],
-      output_names=['logits'],
-    )
-  except Exception as error:  # It reads parts of JAX that change.
-    logging.warning(
-      'no model.onnx: wanted a jax2onnx that fits jax %s, found %s',
-      jax.__version__,
-      errors.first_line(error),
-    )
-    return None
+def _can_write_onnx() -> bool:
+  """Whether the packages of the extra `onnx` are installed."""
+  missing = [p for p in ONNX_PACKAGES if not importlib.util.find_spec(p)]
+  if missing:
+    logging.info('no %s: pip install %s to get one', ONNX, ' '.join(missing))
+  return not missing
+
+
+def _onnx(recipe: config_lib.Augment, network: vit.VisionTransformer) -> bytes:
+  """The network in ONNX."""
+  from focusformer_jax.deploy import onnx_graph  # Needs an optional package.
+
+  model = onnx_graph.build(
+    vit.state_dict(network),
+    network.geometry,
+    pool=network.head.pool,
+    head_dim=network.head_dim,
+    mean=recipe.mean,
+    std=recipe.std,
+  )
   return model.SerializeToString()
 
 
@@ -208,7 +215,7 @@ def _run_onnx(model: bytes, images_BHWC: np.ndarray) -> np.ndarray:
   session = onnxruntime.InferenceSession(
     model, providers=['CPUExecutionProvider']
   )
-  return session.run(None, {session.get_inputs()[0].name: images_BHWC})[0]
+  return session.run(None, {'images': images_BHWC})[0]
 
 
 def _preprocessing(experiment: experiment_lib.Experiment) -> dict[str, Any]:
@@ -295,6 +302,7 @@ def _card(
     '',
     *_table(files),
     '',
+    *_in_timm(directory),
     '## Configuration',
     '',
     '```json',
@@ -303,6 +311,16 @@ def _card(
     '',
   ]
   return '\n'.join(lines)
+
+
+def _in_timm(directory: epath.Path) -> list[str]:
+  """A section on timm, if it can build the network."""
+  code = timm.create_model(
+    json.loads((directory / vit.DESCRIPTION).read_text())
+  )
+  if code is None:
+    return []
+  return ['## timm', '', '```python', *code.splitlines(), '```', '']
 
 
 def _table(rows: Iterable[tuple[str, Any]]) -> list[str]:

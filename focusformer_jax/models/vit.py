@@ -19,6 +19,7 @@ from focusformer_jax import atomic_files
 from focusformer_jax import errors
 from focusformer_jax.models import layers
 from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.models import timm
 from focusformer_jax.spaces import search_space
 
 WEIGHTS = 'model.safetensors'
@@ -67,6 +68,11 @@ class VisionTransformer(nnx.Module):
     """
     with layers.matmul_precision(self.dtype):
       return self.head(self._tokens(images_BHWC, key, drop_path))
+
+  @property
+  def head_dim(self) -> int:
+    """Channels of an attention head."""
+    return self.blocks[0].attention.query.shape[-1]
 
   def features(
     self, images_BHWC: Float[Array | np.ndarray, 'B height width channels']
@@ -176,11 +182,20 @@ def describe(
     architecture: Its choices, as `SearchSpace.to_json` writes them.
   """
   return architecture | {
-    'head_dim': network.blocks[0].attention.query.shape[-1],
+    'head_dim': network.head_dim,
     'pool': network.head.pool,
     'dtype': network.dtype.name,
     'geometry': dataclasses.asdict(network.geometry),
   }
+
+
+def state_dict(network: VisionTransformer) -> dict[str, np.ndarray]:
+  """The weights in timm's names and layouts, see `models.timm`."""
+  arrays = {
+    name: np.asarray(param.get_value())
+    for name, param in layers.named_params(network).items()
+  }
+  return timm.to_timm(arrays, network.geometry, network.head.pool)
 
 
 def save(
@@ -190,6 +205,8 @@ def save(
 ) -> None:
   """Writes `model.safetensors` and `architecture.json`, all that `load` needs.
 
+  The weights have timm's names and layouts, see `models.timm`.
+
   Args:
     network: The network, with float32 parameters.
     architecture: Its choices, as `SearchSpace.to_json` writes them.
@@ -197,11 +214,9 @@ def save(
   """
   if jax.process_index() != 0:
     return
-  arrays = {
-    name: np.asarray(param.get_value())
-    for name, param in layers.named_params(network).items()
-  }
-  atomic_files.write(directory / WEIGHTS, safetensors.numpy.save(arrays))
+  atomic_files.write(
+    directory / WEIGHTS, safetensors.numpy.save(state_dict(network))
+  )
   atomic_files.write_json(
     directory / DESCRIPTION, describe(network, architecture)
   )
@@ -232,11 +247,15 @@ def load(directory: epath.Path) -> tuple[VisionTransformer, dict[str, Any]]:
       f'{errors.first_line(error)}; write them with --mode=extract'
     ) from error
 
-  for name, param in layers.named_params(network).items():
+  params = layers.named_params(network)
+  shapes = {name: param.shape for name, param in params.items()}
+  zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+  for name, array in timm.to_timm(zeros, geometry, pool).items():
     found = arrays[name].shape if name in arrays else 'nothing'
-    if found != param.shape:
+    if found != array.shape:
       raise errors.UserError(
-        f'{directory / WEIGHTS}: wanted {name} of shape {param.shape}, found '
+        f'{directory / WEIGHTS}: wanted {name} of shape {array.shape}, found '
         f'{found}; write it with --mode=extract'
       )
-  return layers.replace_params(network, arrays), description
+  ours = timm.from_timm(arrays, shapes, geometry, pool)
+  return layers.replace_params(network, ours), description
