@@ -7,7 +7,7 @@
 Letters: `B` batch, `C` channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -24,6 +24,7 @@ from focusformer_jax import sharding
 from focusformer_jax import stages
 from focusformer_jax.data import augment
 from focusformer_jax.data import datasets
+from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
 from focusformer_jax.sampler import distribution
 from focusformer_jax.search import methods
@@ -64,6 +65,64 @@ class Answer:
       f'held-out accuracy {self.heldout.accuracy:.2%}, loss '
       f'{self.heldout.loss:.4g}; {self.description}'
     )
+
+
+class Elastic:
+  """A network that changes its size at run time; made by `Run.elastic`.
+
+    elastic = run.elastic()
+    logits = elastic.at(150_000)(run.normalize(images))
+
+  One compiled program serves all subnets, for each shape of a batch: the
+  architecture is an argument, and a layer computes with the slices that are
+  live. So a smaller subnet takes less time, and switching takes none.
+
+  Args:
+    supernet: The weights of all subnets.
+    ask: Function from a budget to its answer.
+  """
+
+  def __init__(
+    self, supernet: supernet_lib.Supernet, ask: Callable[[float], Answer]
+  ):
+    self._supernet = jax.device_put(supernet.executed('switched'))
+    self._ask = functools.cache(ask)
+    self._run = jax.jit(supernet_lib.Supernet.__call__)
+
+  def at(self, budget: float) -> 'Subnet':
+    """The subnet for a budget; a budget's answer is computed once.
+
+    Raises:
+      UserError: No subnet of the space is within the budget.
+    """
+    return Subnet(self, self._ask(budget))
+
+  def run(
+    self,
+    images_BHWC: Float[Array | np.ndarray, 'B height width C'],
+    arch: search_space.Architecture,
+  ) -> Float[Array, 'B classes']:
+    """Logits that the subnet `arch` gives to normalized images."""
+    return self._run(self._supernet, images_BHWC, arch)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subnet:
+  """One size of an elastic network: a function from images to logits.
+
+  Args:
+    elastic: The network.
+    answer: The answer to a budget, with the architecture that is run.
+  """
+
+  elastic: Elastic
+  answer: Answer
+
+  def __call__(
+    self, images_BHWC: Float[Array | np.ndarray, 'B height width C']
+  ) -> Float[Array, 'B classes']:
+    """Logits of normalized images, as the extracted network gives them."""
+    return self.elastic.run(images_BHWC, self.answer.architecture)
 
 
 class Run:
@@ -165,6 +224,10 @@ class Run:
     """
     arch = answer.architecture if isinstance(answer, Answer) else answer
     return jax.device_put(vit.extract(self._weights, arch))
+
+  def elastic(self) -> Elastic:
+    """All subnets as one network, to switch between budgets at run time."""
+    return Elastic(self._weights, self.answer)
 
   def sampler(self, budget: float) -> distribution.Distribution:
     """The sampler's distribution over the architectures within a budget.

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import focusformer_jax as ff
+from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.models import vit
 from focusformer_jax.sampler import distribution
 from focusformer_jax.sampler import policy as policy_lib
 from focusformer_jax.search import methods
@@ -75,7 +77,7 @@ def state():
 before = state()
 import focusformer_jax as ff
 for module in pkgutil.walk_packages(ff.__path__, 'focusformer_jax.'):
-  if not module.name.endswith('predict_template'):
+  if not module.name.endswith('_template'):
     importlib.import_module(module.name)
 assert state() == before, (before, state())
 """)
@@ -146,6 +148,22 @@ def test_extracted_network_gives_the_score_of_the_answer(run, answer):
   np.testing.assert_allclose(accuracy, answer.heldout.accuracy, atol=1e-6)
   params = sum(leaf.size for leaf in jax.tree.leaves(network))
   assert f'{params:,} parameters' in answer.costs
+
+
+def test_elastic_network_switches_budgets_in_one_program(run, images):
+  elastic = run.elastic()
+  traced = []
+  call = supernet_lib.Supernet.__call__
+  elastic._run = jax.jit(lambda *args: traced.append(1) or call(*args))
+  for budget in (57_000, 10 * BUDGET):
+    subnet = elastic.at(budget)
+    assert elastic.at(budget).answer is subnet.answer
+    assert subnet.answer.cost <= budget
+    wanted = jax.jit(vit.VisionTransformer.__call__)(
+      run.extract(subnet.answer), images
+    )
+    np.testing.assert_allclose(subnet(images), wanted, atol=1e-5)
+  assert len(traced) == 1
 
 
 def test_sampler_of_a_run_keeps_to_its_budget(run):
