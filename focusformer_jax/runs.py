@@ -232,12 +232,14 @@ class Run:
   def sampler(self, budget: float) -> distribution.Distribution:
     """The sampler's distribution over the architectures within a budget.
 
+    With `config.sampler.window`, it has only those in the window.
+
     Raises:
       UserError: No subnet of the space is within the budget.
     """
-    return distribution.Distribution(
-      self.state.policy, self.experiment.cost_bins, self._bound(budget)
-    )
+    bins, bound = self.experiment.cost_bins, self._bound(budget)
+    lower = bins.lower_bound(bound, self.experiment.settings.sampler.window)
+    return distribution.Distribution(self.state.policy, bins, bound, lower)
 
   def normalize(
     self, images_BHWC: UInt8[Array | np.ndarray, 'B height width C']

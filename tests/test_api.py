@@ -196,8 +196,8 @@ def _all_architectures(space) -> search_space.Architecture:
   return search_space.stack(archs)
 
 
-@pytest.mark.parametrize('position', [0.3, 0.7])
-def test_distribution_equals_that_of_brute_force(bins, position):
+@pytest.mark.parametrize('position, share', [(0.3, 0.0), (0.7, 0.8)])
+def test_distribution_equals_that_of_brute_force(bins, position, share):
   policy = policy_lib.Policy(TINY, (8,), 2, rngs=nnx.Rngs(0))
   leaves, structure = jax.tree.flatten(policy)
   rng = np.random.default_rng(0)
@@ -205,9 +205,11 @@ def test_distribution_equals_that_of_brute_force(bins, position):
     structure, [jnp.asarray(rng.normal(0, 1, x.shape), x.dtype) for x in leaves]
   )
   bound = bins.denormalize(jnp.float32(position))
-  at_budget = distribution.Distribution(policy, bins, bound)
+  lower = bins.lower_bound(bound, share)
+  at_budget = distribution.Distribution(policy, bins, bound, lower)
   archs = _all_architectures(TINY)
-  within = np.asarray(bins.table.units(archs)) <= int(bound)
+  costs = np.asarray(bins.table.units(archs))
+  within = (int(lower) < costs) & (costs <= int(bound))
   assert 2 < within.sum() < len(within) == TINY.num_architectures
 
   log_prob = np.asarray(at_budget.log_prob(archs))

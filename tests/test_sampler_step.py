@@ -128,3 +128,16 @@ def test_entropy_is_steered_to_its_target(experiment):
     state, _ = step(state, batch)
     found.append(float(entropy(state.policy)))
   assert abs(np.mean(found[-20:]) / highest - share) < 0.1
+
+
+def test_proposal_is_given_the_window(experiment):
+  experiment = changed(experiment, window=0.9)
+  bins = experiment.cost_bins
+  budget = jnp.int32(sum(bins.range) // 2)
+  propose = jax.jit(functools.partial(steps.propose_step, experiment))
+  proposal = propose(experiment.init_state().policy, budget)
+  lower = bins.lower_bound(budget, 0.9)
+  assert 0 < lower < bins.table.units(proposal.arch) <= budget
+  # A new policy is nearly uniform.
+  assert proposal.entropy < bins.log_count(budget, lower) + 1e-4
+  assert bins.log_count(budget, lower) < bins.log_count(budget)

@@ -176,6 +176,8 @@ def test_sampler_answers_never_get_worse_with_a_larger_budget(
     found = losses(candidates=9, draws=draws)
     assert np.diff(found).max() <= 0
     assert len(set(found)) > 1
+    largest = answers_lib.Answer(experiment.space.largest(), 0)
+    assert found[-1] <= loss_of(scorer, largest)
 
 
 def test_sampler_grid_spans_the_range_and_has_the_budgets(experiment):

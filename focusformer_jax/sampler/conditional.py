@@ -343,9 +343,14 @@ def mass_near(
   weights: LogWeights,
   bins: cost_bins.CostBins,
   budget: Cost,
+  lower: Cost | None = None,
   share: float = 0.01,
 ) -> Float[Array, '']:
-  """Probability, given the budget, that a draw costs over (1 - share) of it."""
-  lower = jnp.floor(jnp.asarray(budget) * (1 - share)).astype(jnp.int32)
-  near = log_partition(weights, bins, budget, lower)
-  return jnp.exp(near - log_partition(weights, bins, budget))
+  """Probability that a draw costs over (1 - share) of the budget.
+
+  Arguments are those of `log_partition`, and `share`; `lower` must be below
+  those costs.
+  """
+  above = jnp.floor(jnp.asarray(budget) * (1 - share)).astype(jnp.int32)
+  near = log_partition(weights, bins, budget, above)
+  return jnp.exp(near - log_partition(weights, bins, budget, lower))

@@ -144,7 +144,7 @@ class CostBins:
     return allowed_DEG
 
   def lower_bound(
-    self, budget: Int[ArrayLike, ''], share: float
+    self, budget: Int[ArrayLike, ''], share: Float[ArrayLike, '']
   ) -> Int[Array, '']:
     """The lower end, exclusive, of the window (share * budget, budget].
 

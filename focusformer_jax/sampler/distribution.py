@@ -27,7 +27,7 @@ def _weights(policy, bins, bound):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _log_prob(weights, space, bins, bound, archs):
+def _log_prob(weights, space, bins, bound, lower, archs):
   # Counted as the recursion counts: rounded up to whole bins.
   embed = archs.embed_dim[:, None]
   spent_AL = jnp.asarray(bins.attention_EH)[embed, archs.num_heads]
@@ -35,14 +35,16 @@ def _log_prob(weights, space, bins, bound, archs):
   depth_A = jnp.asarray(space.depth)[archs.depth]
   live_AL = jnp.arange(space.num_layers) < depth_A[:, None]
   spent_A = jnp.sum(jnp.where(live_AL, spent_AL, 0), axis=1)
-  within_A = spent_A <= bins.bins_left(bound)[archs.depth, archs.embed_dim]
-  log_prob_A = conditional.log_prob(weights, space, bins, bound, archs)
+  at_A = archs.depth, archs.embed_dim
+  within_A = spent_A <= bins.bins_left(bound)[at_A]
+  within_A &= spent_A > bins.bins_left(lower)[at_A]
+  log_prob_A = conditional.log_prob(weights, space, bins, bound, archs, lower)
   return jnp.where(within_A, log_prob_A, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Distribution:
-  """The policy's distribution over the architectures within a budget.
+  """The policy's distribution over the architectures between two bounds.
 
   Every method is exact: no draw is rejected, no probability is estimated.
   Methods compile once and serve every budget of the same policy and cost.
@@ -51,11 +53,14 @@ class Distribution:
     policy: The sampler's network.
     bins: The cost that the budget bounds.
     bound: The budget in units of the cost table, at least its minimum.
+    lower: Lower bound in the same units, exclusive; -1 for none
+      (`CostBins.lower_bound`).
   """
 
   policy: policy_lib.Policy
   bins: cost_bins.CostBins
   bound: Int[ArrayLike, '']
+  lower: Int[ArrayLike, ''] = -1
 
   @functools.cached_property
   def weights(self) -> conditional.LogWeights:
@@ -64,11 +69,11 @@ class Distribution:
 
   def sample(self, key: jax.Array, count: int) -> search_space.Architecture:
     """Draws a batch of `count` independent architectures."""
-    return _sample(key, self.weights, self.bins, self.bound, count)
+    return _sample(key, self.weights, self.bins, self.bound, count, self.lower)
 
   def mode(self) -> search_space.Architecture:
     """The most probable layers of the most probable depth and width."""
-    return _decode(self.weights, self.bins, self.bound)
+    return _decode(self.weights, self.bins, self.bound, self.lower)
 
   def log_prob(
     self, archs: search_space.Architecture
@@ -76,12 +81,14 @@ class Distribution:
     """Log-probability of one architecture or of each of a batch.
 
     It is -inf where an architecture exceeds the budget, as counted in the bins
-    of the cost.
+    of the cost, or is within the lower bound.
     """
     one = jnp.ndim(archs.depth) == 0
     batch = jax.tree.map(lambda leaf: leaf[None], archs) if one else archs
     space = self.policy.space
-    log_prob_A = _log_prob(self.weights, space, self.bins, self.bound, batch)
+    log_prob_A = _log_prob(
+      self.weights, space, self.bins, self.bound, self.lower, batch
+    )
     return log_prob_A[0] if one else log_prob_A
 
   def entropy(self) -> Float[Array, '']:
@@ -98,4 +105,4 @@ class Distribution:
 
   @functools.cached_property
   def _decisions(self):
-    return _decisions(self.weights, self.bins, self.bound)
+    return _decisions(self.weights, self.bins, self.bound, self.lower)

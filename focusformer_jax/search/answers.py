@@ -37,14 +37,16 @@ def ask_sampler(
   """The best of the sampler's proposals that are within each budget.
 
   The sampler's proposals to a budget are the architecture that it decodes and
-  `options.draws` random draws. Let P be its proposals to all budgets of `grid`.
-  The candidates for a budget b are the architectures of P that cost at most b.
+  `options.draws` random draws. Let P be its proposals to all budgets of `grid`,
+  and the smallest and the largest subnet. The candidates for a budget b are the
+  architectures of P that cost at most b.
 
   So the lowest held-out loss never rises with the budget: P does not depend on
   b, hence for b <= b' every candidate for b is a candidate for b', whether b
   and b' are budgets of the grid or not. (The proposals to a b outside the grid
   must stay out: the next larger budget would not have them.) There always is a
-  candidate, as the grid begins with the cost of the smallest subnet.
+  candidate, the smallest subnet, and no answer to the largest budget is worse
+  than the largest subnet.
 
   With `options.candidates` = 0, the candidates for b are the proposals to b,
   and the loss may rise. A single candidate is not scored then.
@@ -67,6 +69,10 @@ def ask_sampler(
     rng = np.random.default_rng([*seed, g])
     drawn = scorer.draw(rng, g, options.draws, proposal.weights)
     proposals[g] = [proposal.arch, *drawn]
+  if pooled:
+    space = scorer.experiment.space
+    proposals[asked[0]].append(space.smallest())
+    proposals[asked[-1]].append(space.largest())
   if not pooled and not options.draws:
     return [Answer(proposals[budget][0], 0) for budget in budgets]
 

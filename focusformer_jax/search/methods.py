@@ -45,7 +45,7 @@ def _nsga2(*arguments) -> list[answers.Answer]:
 def _sampler_most(options: config_lib.Search, budgets: int) -> int:
   proposals = options.draws + 1
   if options.candidates:
-    return proposals * (options.candidates + budgets)
+    return proposals * (options.candidates + budgets) + 2
   return proposals * budgets if options.draws else 0
 
 

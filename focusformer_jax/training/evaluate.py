@@ -115,15 +115,18 @@ class Evaluator:
       rng: Random generator for the PRNG keys.
       budget: A cost, not below the smallest subnet's.
       count: Number of draws.
-      weights: Output of a policy; None draws uniformly over architectures.
+      weights: Output of the sampler's policy, whose draws are in the window of
+        `config.sampler.window`; None draws uniformly over all architectures.
     """
+    share = self._experiment.settings.sampler.window
     if weights is None:
+      share = 0.0
       weights = conditional.architecture_weights(self._experiment.space)
     bound = self._experiment.cost_bins.bound(budget)
     archs = []
     while len(archs) < count:
       key = jax.random.key(int(rng.integers(2**31)))
-      archs += search_space.unstack(self._draw(key, weights, bound))
+      archs += search_space.unstack(self._draw(key, weights, bound, share))
     return archs[:count]
 
   def score(

@@ -351,11 +351,14 @@ def network_eval_step(
 class Proposal(NamedTuple):
   """The sampler's answer to one budget.
 
+  With `config.sampler.window`, all of it is given the window below the budget:
+  there alone the sampler has learned.
+
   Args:
-    arch: The most probable architecture within the budget.
+    arch: The most probable architecture.
     weights: Output of the policy.
-    decisions: Probability of each choice, given the budget.
-    entropy: Entropy of the distribution within the budget, in nats.
+    decisions: Probability of each choice.
+    entropy: Entropy of the distribution, in nats.
     mass_near: Probability of costs within 1% of the budget.
   """
 
@@ -378,15 +381,16 @@ def propose_step(
     policy: The sampler.
     budget: Upper bound in units of the cost table; at least its minimum.
   """
-  budgets = experiment.cost_bins
-  weights = policy(budgets.normalize(budget))
-  decisions, entropy = conditional.decisions(weights, budgets, budget)
+  bins = experiment.cost_bins
+  lower = bins.lower_bound(budget, experiment.settings.sampler.window)
+  weights = policy(bins.normalize(budget))
+  decisions, entropy = conditional.decisions(weights, bins, budget, lower)
   return Proposal(
-    arch=conditional.decode(weights, budgets, budget),
+    arch=conditional.decode(weights, bins, budget, lower),
     weights=weights,
     decisions=decisions,
     entropy=entropy,
-    mass_near=conditional.mass_near(weights, budgets, budget),
+    mass_near=conditional.mass_near(weights, bins, budget, lower),
   )
 
 
@@ -396,6 +400,7 @@ def draw_step(
   key: jax.Array,
   weights: conditional.LogWeights,
   budget: Int[Array, ''],
+  share: Float[ArrayLike, ''],
 ) -> search_space.Architecture:
   """Draws a batch of `count` architectures within a budget.
 
@@ -405,5 +410,8 @@ def draw_step(
     key: PRNG key for the draws.
     weights: Output of a policy, or `conditional.architecture_weights`.
     budget: Upper bound in units of the cost table; at least its minimum.
+    share: Lower bound of the costs, as a share of the budget; 0 for none.
   """
-  return conditional.sample(key, weights, experiment.cost_bins, budget, count)
+  bins = experiment.cost_bins
+  lower = bins.lower_bound(budget, share)
+  return conditional.sample(key, weights, bins, budget, count, lower)
