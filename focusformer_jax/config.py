@@ -191,6 +191,11 @@ class Supernet(schema.Section):
   registers: int = key(
     0, 'Register tokens between class token and patches.', at_least=0
   )
+  head: bool = key(
+    True,
+    'Whether there is a classifier. A network without one returns its pooled '
+    'features.',
+  )
   norm_eps: float = key(1e-5, 'Epsilon of the layer normalization.', above=0)
   drop_path: float = key(
     0.0,
@@ -288,8 +293,9 @@ class Distillation(schema.Section):
   loss: str = key(
     'none',
     'Loss between subnets and their teacher: `none`, `kl`, or `alpha`, the '
-    'adaptive alpha-divergence, which also penalizes overconfidence.',
-    choices=('none', 'kl', 'alpha'),
+    'adaptive alpha-divergence, which also penalizes overconfidence; of '
+    'networks without classes `features`, by angle and length.',
+    choices=('none', 'kl', 'alpha', 'features'),
   )
   teacher: str = key(
     'largest',
@@ -311,7 +317,7 @@ class Distillation(schema.Section):
     super().__post_init__()
     if self.teacher == 'initial' and self.loss == 'none':
       raise ValueError(
-        'loss: wanted kl or alpha for teacher=initial, found none'
+        'loss: wanted kl, alpha or features for teacher=initial, found none'
       )
 
   @property

@@ -55,3 +55,12 @@ def test_alpha_gradient_is_finite_for_ratios_beyond_float32(temperature):
   )
   assert np.isfinite(gradient).all()
   assert np.any(gradient)
+
+
+def test_distance_of_features_by_hand():
+  student = jnp.array([[3.0, 4.0], [4.0, -3.0], [0.0, 0.0], [6.0, 8.0]])
+  teacher = jnp.broadcast_to(jnp.array([3.0, 4.0]), (4, 2))
+  # Angle, then length: the squares of 5 are 25.
+  wanted = [0 + 0, 1 + 50 / 25, 1 + 1, 0 + 1]
+  found = distillation.features(teacher, student)
+  np.testing.assert_allclose(found, wanted, atol=1e-6)

@@ -5,14 +5,18 @@ import json
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
+from focusformer_jax.data import augment
 from focusformer_jax.models import pretrained
 from focusformer_jax.models import vit
+from focusformer_jax.spaces import search_space
+from focusformer_jax.training import distillation
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import initial_network
 from focusformer_jax.training import steps
@@ -237,3 +241,62 @@ def test_initial_teacher_needs_a_network(tfds_dir, tmp_path):
 def test_ranks_are_noted_in_the_description(workdir):
   description = json.loads((workdir / 'initial/architecture.json').read_text())
   assert sorted(description['layer_order']) == [0, 1, 2]
+
+
+@pytest.fixture(scope='module')
+def features(state_dict, tfds_dir, tmp_path_factory):
+  """The experiment and first state of the same network without its head."""
+  workdir = tmp_path_factory.mktemp('features')
+  path = workdir / 'vit.safetensors'
+  names = [name for name in state_dict if not name.startswith('head.')]
+  path.write_bytes(safetensors.numpy.save({n: state_dict[n] for n in names}))
+  settings = smoke_settings(
+    tfds_dir,
+    train__initial=str(path),
+    pretrained__num_heads=4,
+    pretrained__importance='none',
+    distillation__loss='features',
+    distillation__teacher='initial',
+  )
+  settled = initial_network.settle(settings, epath.Path(workdir / 'work'))
+  experiment = experiment_lib.create(settled, devices=jax.devices()[:1])
+  return experiment, experiment.init_state()
+
+
+def test_features_are_scored_by_distance_and_nearest_neighbor(features):
+  experiment, state = features
+  space = experiment.space
+  archs = search_space.stack([space.largest(), space.smallest()])
+  batch = dict(experiment.dataset.split('heldout').batch(np.arange(16)))
+  # Padding is nobody's neighbor.
+  batch['label'][8:], batch['weight'][8:] = -1, 0
+  found = jax.jit(lambda *args: steps.eval_step(experiment, *args))(
+    state.supernet, archs, batch, state.teacher
+  )
+  assert found.count.tolist() == [8, 8]
+  images = augment.normalize(experiment.recipe, batch['image'])
+  outputs = [
+    jax.jit(vit.VisionTransformer.__call__)(
+      vit.extract(state.supernet, a), images
+    )
+    for a in search_space.unstack(archs)
+  ]
+  narrow = jnp.pad(outputs[1], ((0, 0), (0, 8)))
+  distance = distillation.features(outputs[0], narrow)[:8].sum()
+  np.testing.assert_allclose(found.loss, [0, distance], atol=1e-4)
+  for output, correct in zip(outputs, found.correct, strict=True):
+    direction = output[:8] / np.linalg.norm(output[:8], axis=-1, keepdims=True)
+    cosine = np.array(direction @ direction.T)
+    np.fill_diagonal(cosine, -2)
+    nearest = batch['label'][cosine.argmax(1)]
+    assert correct == (nearest == batch['label'][:8]).sum()
+
+
+def test_features_need_their_own_loss(features, state_dict, tmp_path):
+  experiment, _ = features
+  settings = dataclasses.replace(
+    experiment.settings, distillation=config_lib.Distillation('kl')
+  )
+  wanted = 'config.distillation.loss: wanted features for a network without'
+  with pytest.raises(errors.UserError, match=wanted):
+    initial_network.settle(settings, epath.Path(tmp_path))

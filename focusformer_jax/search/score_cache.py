@@ -201,7 +201,10 @@ class Scorer:
       keys, missing = missing[:GROUP], missing[GROUP:]
       start = time.monotonic()
       scores = self._evaluator.score(
-        self._state.scored, [wanted[key] for key in keys], self._sources[split]
+        self._state.scored,
+        [wanted[key] for key in keys],
+        self._sources[split],
+        self._state.teacher,
       )
       seconds = time.monotonic() - start
       self._table.add(

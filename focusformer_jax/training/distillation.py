@@ -5,7 +5,7 @@ learns from the labels, and the others learn from its predictions on the same
 images. A pretrained network that becomes a supernet may teach instead, as it
 came.
 
-Letters: `B` batch, `C` classes.
+Letters: `B` batch, `C` classes, or features of a network without classes.
 """
 
 from collections.abc import Callable
@@ -43,6 +43,19 @@ def alpha(teacher_BC: Logits, student_BC: Logits) -> Float[Array, 'B']:
   return jnp.maximum(kl(teacher_BC, student_BC), over)
 
 
+def features(teacher_BC: Logits, student_BC: Logits) -> Float[Array, 'B']:
+  """One minus the cosine, plus the squared distance over the teacher's square.
+
+  Features that a narrower student lacks are 0 and count as such.
+  """
+  dot = jnp.sum(teacher_BC * student_BC, -1)
+  square = jnp.sum(jnp.square(teacher_BC), -1)
+  # The square root of 0 has no gradient.
+  squares = jnp.maximum(square * jnp.sum(jnp.square(student_BC), -1), 1e-12)
+  distance = jnp.sum(jnp.square(teacher_BC - student_BC), -1)
+  return 1 - dot / jnp.sqrt(squares) + distance / square
+
+
 def divergence(
   name: str, temperature: float
 ) -> Callable[[Logits, Logits], Float[Array, 'B']]:
@@ -53,9 +66,13 @@ def divergence(
   No gradient flows into the teacher.
 
   Args:
-    name: 'kl' or 'alpha'.
+    name: 'kl', 'alpha' or 'features', which takes no temperature.
     temperature: Divisor of the logits.
   """
+  if name == 'features':
+    return lambda teacher_BC, student_BC: features(
+      jax.lax.stop_gradient(teacher_BC), student_BC
+    )
   loss = {'kl': kl, 'alpha': alpha}[name]
 
   def at_temperature(teacher_BC, student_BC):

@@ -80,7 +80,7 @@ class Evaluator:
     self.draw(np.random.default_rng(0), budget, 1)
     archs = search_space.stack([space.smallest()] * self._chunk)
     batch = next(self._batches(source))
-    jax.block_until_ready(self._step(state.scored, archs, batch))
+    jax.block_until_ready(self._step(state.scored, archs, batch, state.teacher))
     return time.monotonic() - start
 
   def _batches(self, source: datasets.Source) -> Iterator[dict[str, jax.Array]]:
@@ -134,6 +134,7 @@ class Evaluator:
     supernet: supernet_lib.Supernet,
     archs: Sequence[search_space.Architecture],
     source: datasets.Source,
+    teacher: supernet_lib.Supernet | None = None,
   ) -> list[Score]:
     """Loss and accuracy of each architecture; every example counts once.
 
@@ -144,6 +145,7 @@ class Evaluator:
       supernet: The weights to inherit.
       archs: The architectures, not traced.
       source: The split.
+      teacher: As `steps.eval_step` takes it; networks with classes need none.
     """
     chunk = self._chunk
     padded = list(archs) + [archs[-1]] * (-len(archs) % chunk)
@@ -153,7 +155,9 @@ class Evaluator:
     ]
     scores = self._means(
       f'scoring {len(archs)} subnets',
-      lambda batch: [self._step(supernet, chunk, batch) for chunk in chunks],
+      lambda batch: [
+        self._step(supernet, chunk, batch, teacher) for chunk in chunks
+      ],
       source,
     )
     return scores[: len(archs)]

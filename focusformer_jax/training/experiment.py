@@ -66,7 +66,9 @@ class Experiment:
         image_size=self.settings.data.image_size,
         patch_size=self.settings.supernet.patch_size,
         channels=self.dataset.channels,
-        num_classes=self.dataset.num_classes,
+        num_classes=(
+          self.dataset.num_classes if self.settings.supernet.head else 0
+        ),
         max_relative_position=self.settings.supernet.max_relative_position,
         class_token=self.settings.supernet.class_token,
         registers=self.settings.supernet.registers,
@@ -200,11 +202,10 @@ class Experiment:
 
   @property
   def keeps_teacher(self) -> bool:
-    """Whether the state holds the initial network, to teach subnets."""
+    """Whether the state holds the initial network, to teach or to compare."""
     settings = self.settings
-    return (
-      settings.distillation.teacher == 'initial' and settings.train.supernet
-    )
+    needed = settings.train.supernet or not settings.supernet.head
+    return settings.distillation.teacher == 'initial' and needed
 
   @functools.cached_property
   def optimizer(self):
@@ -337,7 +338,7 @@ def config_facts(settings: config_lib.Settings) -> dict[str, Any]:
   # Checkpoints were written before these keys existed.
   new = {
     f'supernet.{name}': getattr(supernet, name)
-    for name in ('class_token', 'registers', 'norm_eps')
+    for name in ('class_token', 'registers', 'norm_eps', 'head')
     if getattr(supernet, name) != getattr(default, name)
   }
   return new | {

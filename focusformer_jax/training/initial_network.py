@@ -69,6 +69,7 @@ def settle(
         f'{wanted}; use another --workdir'
       )
   settings = _around(settings, description)
+  _check_teaching(settings)
   train_settings = dataclasses.replace(settings.train, initial=str(home))
   return dataclasses.replace(settings, train=train_settings)
 
@@ -150,9 +151,30 @@ def _around(
   supernet = dataclasses.replace(
     settings.supernet,
     pool=description['pool'],
+    head=geometry['num_classes'] > 0,
     **{name: geometry[name] for name in names},
   )
   return dataclasses.replace(settings, space=space, supernet=supernet)
+
+
+def _check_teaching(settings: config_lib.Settings) -> None:
+  """Checks that the loss suits what the network returns."""
+  teaching = settings.distillation
+  for key, wanted, found in (
+    ('loss', 'features', teaching.loss),
+    ('teacher', 'initial', teaching.teacher),
+    ('weight', 1, teaching.weight),
+  ):
+    if not settings.supernet.head and found != wanted:
+      raise errors.UserError(
+        f'config.distillation.{key}: wanted {wanted} for a network without '
+        f'classes, found {found}'
+      )
+  if settings.supernet.head and teaching.loss == 'features':
+    raise errors.UserError(
+      'config.distillation.loss: wanted none, kl or alpha for a network with '
+      'classes, found features'
+    )
 
 
 def _prepare(
@@ -167,6 +189,7 @@ def _prepare(
     raise errors.UserError(f'config.train.initial: {error}') from error
   description = vit.describe(network, whole.to_json(whole.largest()))
   settled = _around(settings, description)
+  _check_teaching(settled)
   experiment = experiment_lib.create(settled)
   if network.geometry != experiment.geometry:
     raise errors.UserError(

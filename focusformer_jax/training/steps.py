@@ -56,7 +56,9 @@ def supernet_step(
     return state_lib.stream_key(state.seed, stream, state.step)
 
   def score(archs):
-    return eval_step(experiment, state.scored, archs, batch['heldout']).loss
+    return eval_step(
+      experiment, state.scored, archs, batch['heldout'], state.teacher
+    ).loss
 
   drawn = experiment.draw(
     key(state_lib.Stream.CURRICULUM), state.step, state.policy, score
@@ -67,7 +69,7 @@ def supernet_step(
     key(state_lib.Stream.AUGMENT),
     batch['image'],
     batch['label'],
-    experiment.geometry.num_classes,
+    experiment.dataset.num_classes,
     experiment.mesh,
   )
 
@@ -91,15 +93,18 @@ def supernet_step(
         images, archs, key(state_lib.Stream.DROP_PATH), experiment.mesh
       )
 
+    def from_labels(logits_BC):
+      loss_B = optax.softmax_cross_entropy(logits_BC, targets_BC)
+      return (weight_B * loss_B).mean()
+
     logits_BC = run(archs)
-    loss_B = optax.softmax_cross_entropy(logits_BC, targets_BC)
-    loss = (weight_B * loss_B).mean()
     if teaching.loss == 'none':
-      return loss, {}
+      return from_labels(logits_BC), {}
     teacher_BC = run(largest) if frozen_BC is None else frozen_BC
     diverge = distillation.divergence(teaching.loss, teaching.temperature)
-    loss *= 1 - teaching.weight
-    loss += teaching.weight * (weight_B * diverge(teacher_BC, logits_BC)).mean()
+    loss = teaching.weight * (weight_B * diverge(teacher_BC, logits_BC)).mean()
+    if teaching.weight < 1:  # Features are no logits.
+      loss += (1 - teaching.weight) * from_labels(logits_BC)
     if teaching.trains_largest:
       loss += optax.softmax_cross_entropy(teacher_BC, targets_BC).mean()
     return loss, {}
@@ -190,7 +195,9 @@ def sampler_step(
   archs_A = jax.tree.map(
     lambda leaf: leaf.reshape(K * M, *leaf.shape[2:]), archs_KM
   )
-  scores_AB = score_images(experiment, state.scored, archs_A, batch)
+  scores_AB = score_images(
+    experiment, state.scored, archs_A, batch, state.teacher
+  )
   scores = _sums(scores_AB, batch['weight'])
   signal_K1 = 1.0
   if settings.shrink:
@@ -262,7 +269,7 @@ def frozen_step(
 
 
 class ImageScores(NamedTuple):
-  """Cross-entropy of each image, and whether it is classified correctly."""
+  """Loss of each image, and whether it is classified correctly."""
 
   loss: Float[Array, '*A B']
   accuracy: Bool[Array, '*A B']
@@ -277,9 +284,33 @@ class Scores(NamedTuple):
 
 
 def _score_images(
-  logits_BC: Float[Array, 'B C'], batch: dict[str, Array]
+  logits_BC: Float[Array, 'B C'],
+  batch: dict[str, Array],
+  teacher_BC: Float[Array, 'B C'] | None = None,
 ) -> ImageScores:
+  """Cross-entropy, or the distance of features from the teacher's.
+
+  Features classify an image as the nearest other image of the batch, by cosine.
+
+  Args:
+    logits_BC: Outputs of a network.
+    batch: Labels and weights.
+    teacher_BC: Features of the teacher, or None for a network with classes.
+  """
   labels_B = batch['label']
+  if teacher_BC is not None:
+    lengths_B1 = jnp.linalg.norm(logits_BC, axis=-1, keepdims=True)
+    direction_BC = logits_BC / jnp.maximum(lengths_B1, 1e-6)
+    padding_or_itself = (batch['weight'] == 0) | jnp.eye(
+      len(labels_B), dtype=bool
+    )
+    cosine_BB = jnp.where(
+      padding_or_itself, -jnp.inf, direction_BC @ direction_BC.T
+    )
+    return ImageScores(
+      distillation.features(teacher_BC, logits_BC),
+      labels_B[jnp.argmax(cosine_BB, -1)] == labels_B,
+    )
   return ImageScores(
     optax.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B),
     jnp.argmax(logits_BC, -1) == labels_B,
@@ -300,9 +331,10 @@ def eval_step(
   supernet: supernet_lib.Supernet,
   archs: search_space.Architecture,
   batch: dict[str, Array],
+  teacher: supernet_lib.Supernet | None = None,
 ) -> Scores:
-  """Scores A subnets on one batch."""
-  scores_AB = score_images(experiment, supernet, archs, batch)
+  """Scores A subnets on one batch; see `score_images`."""
+  scores_AB = score_images(experiment, supernet, archs, batch, teacher)
   return _sums(scores_AB, batch['weight'])
 
 
@@ -311,30 +343,49 @@ def score_images(
   supernet: supernet_lib.Supernet,
   archs: search_space.Architecture,
   batch: dict[str, Array],
+  teacher: supernet_lib.Supernet | None = None,
 ) -> ImageScores:
-  """Scores A subnets on each image, each device its part of the images."""
+  """Scores A subnets on each image, each device its part of the images.
+
+  Args:
+    experiment: The fixed parts of the run.
+    supernet: The weights to inherit.
+    archs: A architectures.
+    batch: Images and labels.
+    teacher: Its largest subnet has the features that those of a network without
+      classes are compared with; other networks need none.
+  """
   mesh = experiment.mesh
   supernet = sharding.gathered(mesh, supernet).executed(
     experiment.scoring_execution
   )
 
-  def local(supernet, archs, batch):
+  if experiment.geometry.num_classes:
+    teacher = None
+  if teacher is not None:
+    teacher = sharding.gathered(mesh, teacher)
+
+  def local(supernet, teacher, archs, batch):
     images = augment.normalize(experiment.recipe, batch['image'])
+    teacher_BC = None
+    if teacher is not None:
+      teacher_BC = teacher(images, experiment.space.largest())
     return jax.lax.map(
-      lambda arch: _score_images(supernet(images, arch), batch), archs
+      lambda arch: _score_images(supernet(images, arch), batch, teacher_BC),
+      archs,
     )
 
   if mesh.size == 1:
-    return local(supernet, archs, batch)
+    return local(supernet, teacher, archs, batch)
   whole = jax.sharding.PartitionSpec()
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(whole, whole, sharding.BATCH),
+    in_specs=(whole, whole, whole, sharding.BATCH),
     out_specs=jax.sharding.PartitionSpec(None, *sharding.BATCH),
     # A kernel does not say over which axes its result varies.
     check_vma=False,
-  )(supernet, archs, batch)
+  )(supernet, teacher, archs, batch)
 
 
 def network_eval_step(

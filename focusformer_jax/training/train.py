@@ -263,7 +263,9 @@ def _look(
   """Held-out scores of the answer to each budget, and how sure it is."""
   table, budgets = experiment.cost_bins.table, experiment.search_budgets
   proposals = evaluator.propose(state.policy, budgets)
-  scores = evaluator.score(state.scored, [p.arch for p in proposals], heldout)
+  scores = evaluator.score(
+    state.scored, [p.arch for p in proposals], heldout, state.teacher
+  )
   metrics = {}
   for budget, proposal, score in zip(budgets, proposals, scores, strict=True):
     name = f'budget_{budget}'
