@@ -36,6 +36,7 @@ from focusformer_jax.spaces import cost
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import loop
 from focusformer_jax.training import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -77,6 +78,22 @@ def make_supernet(
     for leaf, key in zip(leaves, keys, strict=True)
   ]
   return jax.tree.unflatten(treedef, noisy)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compiled_once():
+  """Training an experiment again does not compile its steps again."""
+  compile_step, compiled = loop.compile_step, {}
+
+  def compile_once(experiment, step, state, batch):
+    key = experiment, step
+    if key not in compiled:
+      compiled[key] = compile_step(experiment, step, state, batch)
+    return compiled[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, 'compile_step', compile_once)
+    yield
 
 
 @pytest.fixture(scope='session')
