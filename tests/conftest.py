@@ -46,7 +46,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update(
   'jax_compilation_cache_dir', str(ROOT / '.pytest_cache' / 'jax')
 )
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 # Grain reads an absl flag, and pytest parses none.
 flags.FLAGS.mark_as_parsed()
 
