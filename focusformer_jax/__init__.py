@@ -15,6 +15,7 @@ with _epy.lazy_api_imports(globals()):
   from focusformer_jax.models.supernet import Supernet
   from focusformer_jax.models.vit import VisionTransformer
   from focusformer_jax.runs import Answer
+  from focusformer_jax.runs import Elastic
   from focusformer_jax.runs import Run
   from focusformer_jax.runs import load_run
   from focusformer_jax.runs import train

@@ -767,6 +767,31 @@ class Extract(schema.Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class Export(schema.Section):
+  """What `--mode=export` writes."""
+
+  budgets: tuple[float, ...] = key(
+    (),
+    'Budgets to export the networks for, in units of `sampler.cost`; empty for '
+    'the network of `config.extract`, or with `demo` for those of the search.',
+    above=0,
+  )
+  int8: bool = key(
+    False,
+    'Also write weights of 8 bits, with a scale for each output channel, and '
+    'measure the accuracy that they cost.',
+  )
+  demo: bool = key(
+    False, 'Also write a page that runs the networks in a browser.'
+  )
+  onnxruntime_web: str = key(
+    '',
+    'Directory of the npm package onnxruntime-web, whose files are copied to '
+    'the page; empty for a page that loads them from a CDN.',
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Mesh(schema.Section):
   """Arrangement of the devices."""
 
@@ -814,6 +839,7 @@ class Settings(schema.Section):
   profile: Profile = Profile()
   retrain: Retrain = Retrain()
   extract: Extract = Extract()
+  export: Export = Export()
   mesh: Mesh = Mesh()
   debug: Debug = Debug()
 

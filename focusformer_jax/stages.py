@@ -3,6 +3,7 @@
 Each stage reads what earlier ones left in the workdir.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import json
 from typing import Any
@@ -17,6 +18,7 @@ from focusformer_jax import atomic_files
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax import sharding
+from focusformer_jax.deploy import demo
 from focusformer_jax.deploy import export
 from focusformer_jax.deploy import profile
 from focusformer_jax.deploy import retrain
@@ -91,11 +93,10 @@ def run(
     search.search(experiment, evaluator, state, workdir)
     # Process 0 writes what the others read.
     multihost_utils.sync_global_devices('searched')
-  if mode in ('run', 'extract', 'export'):
-    arch, network = _extract(experiment, evaluator, state, wanted, workdir)
-  if mode == 'export' and jax.process_index() == 0:
-    step, parent = int(state.step), workdir / 'export'
-    print(export.export(experiment, network, arch, step, parent))
+  if mode in ('run', 'extract'):
+    _extract(experiment, evaluator, state, wanted, workdir)
+  if mode == 'export':
+    _export(experiment, evaluator, state, wanted, workdir)
   if mode in ('run', 'search'):
     _report(workdir)
 
@@ -192,7 +193,7 @@ def _extract(
   state: state_lib.TrainState,
   wanted: fingerprint.Fingerprint,
   workdir: epath.Path,
-) -> tuple[search_space.Architecture, vit.VisionTransformer]:
+) -> search_space.Architecture:
   """Slices the configured network out of the supernet, with its weights.
 
   Its architecture is that of a file, the sampler's answer to a budget, or the
@@ -207,23 +208,78 @@ def _extract(
     arch = experiment.space.from_json(row['architecture'])
   elif arch is None:
     budget = budget or experiment.search_budgets[-1]
-    scorer = score_cache.Scorer(
-      experiment, evaluator, state, workdir / search.SCORES
-    )
-    [answer] = methods.ask('sampler', scorer, [budget])
+    [arch] = _answers(experiment, evaluator, state, [budget], workdir)
+  description = experiment.space.to_json(arch) | {'fingerprint': wanted}
+  network = _cut(experiment, state, arch)
+  vit.save(network, description, workdir / 'subnet')
+  logging.info('extracted %s', experiment.space.describe(arch))
+  return arch
+
+
+def _answers(
+  experiment: experiment_lib.Experiment,
+  evaluator: evaluate.Evaluator,
+  state: state_lib.TrainState,
+  budgets: Sequence[int],
+  workdir: epath.Path,
+) -> list[search_space.Architecture]:
+  """The sampler's answers to budgets."""
+  scorer = score_cache.Scorer(
+    experiment, evaluator, state, workdir / search.SCORES
+  )
+  answers = methods.ask('sampler', scorer, budgets)
+  for budget, answer in zip(budgets, answers, strict=True):
     logging.info(
       "the sampler's answer to %d: best of %d subnets scored",
       budget,
       answer.evaluations,
     )
-    arch = answer.arch
+  return [answer.arch for answer in answers]
+
+
+def _cut(
+  experiment: experiment_lib.Experiment,
+  state: state_lib.TrainState,
+  arch: search_space.Architecture,
+) -> vit.VisionTransformer:
   # NumPy slices without compiling.
   supernet = sharding.on_host(experiment.mesh, state.scored)
-  network = jax.device_put(vit.extract(supernet, arch))
-  description = experiment.space.to_json(arch) | {'fingerprint': wanted}
-  vit.save(network, description, workdir / 'subnet')
-  logging.info('extracted %s', experiment.space.describe(arch))
-  return arch, network
+  return jax.device_put(vit.extract(supernet, arch))
+
+
+def _export(
+  experiment: experiment_lib.Experiment,
+  evaluator: evaluate.Evaluator,
+  state: state_lib.TrainState,
+  wanted: fingerprint.Fingerprint,
+  workdir: epath.Path,
+) -> None:
+  """Exports the networks of several budgets, or the extracted one."""
+  options = experiment.settings.export
+  if options.demo:
+    demo.check(options)
+  budgets = sorted(int(budget) for budget in options.budgets)
+  if options.demo and not budgets:
+    budgets = experiment.search_budgets
+  if budgets:
+    archs = _answers(experiment, evaluator, state, budgets, workdir)
+  else:
+    archs = [_extract(experiment, evaluator, state, wanted, workdir)]
+  networks = {}
+  for arch in archs:
+    description = experiment.space.describe(arch)
+    if description in networks:  # The answer to several budgets.
+      continue
+    network = _cut(experiment, state, arch)
+    if jax.process_index() == 0:
+      networks[description] = export.export(
+        experiment, network, arch, int(state.step), workdir / 'export'
+      )
+      print(networks[description].directory)
+  if options.demo and jax.process_index() == 0:
+    answers = zip(budgets, archs, strict=True)
+    rows = [(b, networks[experiment.space.describe(a)]) for b, a in answers]
+    print(demo.write(experiment, rows, workdir / 'export' / 'demo'))
 
 
 def _report(workdir: epath.Path) -> None:

@@ -21,6 +21,7 @@ from jax import export as jax_export
 import numpy as np
 from PIL import Image
 import pytest
+import yaml
 
 from configs import digits
 from focusformer_jax import config as config_lib
@@ -28,6 +29,7 @@ from focusformer_jax import errors
 from focusformer_jax import stages
 from focusformer_jax.data import augment
 from focusformer_jax.data import image_decoding
+from focusformer_jax.deploy import demo
 from focusformer_jax.deploy import export
 from focusformer_jax.deploy import predict_template
 from focusformer_jax.models import autoformer
@@ -73,11 +75,15 @@ def job(tmp_path_factory) -> Job:
     config.train.initial = str(initial)
     config.train.supernet = False
     config.train.steps = 3
+    # More than the largest subnet costs, so the search's largest answer.
+    config.export.budgets = (1e9,)
+    config.export.int8 = True
+    config.export.demo = True
   settings = config_lib.parse(config)
   workdir = root / 'work'
   run_on_one_device(settings, workdir, 'run')
   run_on_one_device(settings, workdir, 'export')
-  [directory] = (workdir / 'export').glob('*')
+  [directory] = (workdir / 'export').glob('*-macs')
 
   # What every file has to agree with: the supernet itself, masked.
   experiment = experiment_lib.create(settings, jax.devices()[:1])
@@ -160,6 +166,79 @@ def test_exported_directory_has_a_model_card(job):
   ] == [str(digit) for digit in range(10)]
 
 
+def test_model_card_has_the_metadata_of_the_hugging_face_hub(job):
+  card = (job.directory / 'README.md').read_text()
+  empty, front, text = card.split('---\n', 2)
+  assert not empty
+  assert text.startswith(f'\n# {job.directory.name}\n')
+  metadata = yaml.safe_load(front)
+  assert metadata['pipeline_tag'] == 'image-classification'
+  assert metadata['datasets'] == ['sklearn_digits']
+  assert {'jax', 'onnx', 'pytorch'} <= set(metadata['tags'])
+  [model] = metadata['model-index']
+  assert model['name'] == job.directory.name
+  [result] = model['results']
+  assert result['task']['type'] == 'image-classification'
+  assert result['dataset']['type'] == 'sklearn_digits'
+  full, int8 = result['metrics']
+  wanted = results(job.workdir)[-1]['test_accuracy']
+  assert full['type'] == int8['type'] == 'accuracy'
+  assert full['value'] == pytest.approx(wanted, abs=1e-6)
+  assert f'| test accuracy, int8 | {int8["value"]:.2%} (' in card
+
+
+def test_weights_of_8_bits_are_small_and_named_in_the_card(job):
+  card = (job.directory / 'README.md').read_text()
+  network, _ = vit.load(job.directory, vit.INT8_WEIGHTS)
+  logits = jax.jit(vit.VisionTransformer.__call__)(
+    network, augment.normalize(job.settings.augment, job.images)
+  )
+  changed = (logits.argmax(-1) != job.logits.argmax(-1)).sum()
+  assert f' points; {changed} images get another class |' in card
+  for path in ('model.safetensors', 'model.onnx'):
+    full = (job.directory / path).stat().length
+    rounded = path.replace('.', '_int8.')
+    assert (job.directory / rounded).stat().length < full
+
+
+def test_page_has_the_networks_and_all_its_files(job):
+  page = job.workdir / 'export' / 'demo'
+  about = json.loads((page / 'demo.json').read_text())
+  [network] = about['networks']
+  row = results(job.workdir)[-1]
+  assert network['budget'] == 10**9
+  assert network['costs']['MACs'] == row['macs']
+  assert network['accuracy'] == pytest.approx(row['test_accuracy'], abs=1e-6)
+  model = (job.directory / 'model.onnx').read_bytes()
+  assert (page / network['model']).read_bytes() == model
+  assert about['runtime'].startswith('https://')
+  files = {'index.html', 'page.js', 'classify.js', 'demo.json'}
+  files |= {network['model'], *(s['file'] for s in about['samples'])}
+  assert {path.name for path in page.iterdir()} == files
+  for i, sample in enumerate(about['samples']):
+    how = about | {'center_crop': 1.0}
+    pixels = predict_template.read(page / sample['file'], how)
+    np.testing.assert_array_equal(pixels, job.images[i])
+
+
+def test_page_refuses_another_directory_than_the_runtimes(tmp_path):
+  options = config_lib.Export(demo=True, onnxruntime_web=str(tmp_path))
+  with pytest.raises(errors.UserError) as error:
+    demo.check(options)
+  assert str(error.value).startswith(
+    'config.export.onnxruntime_web: wanted the directory of the npm package'
+  )
+
+
+def test_budget_to_export_for_is_one_that_can_be_met(job, tmp_path):
+  options = dataclasses.replace(job.settings.export, budgets=(1.0,))
+  settings = dataclasses.replace(job.settings, export=options)
+  with pytest.raises(
+    errors.UserError, match=r'config\.export\.budgets: wanted'
+  ):
+    experiment_lib.create(settings, jax.devices()[:1])
+
+
 def test_artifact_takes_any_number_of_images_on_any_platform(job):
   exported = jax_export.deserialize(
     (job.directory / 'model.jax_export').read_bytes()
@@ -187,10 +266,18 @@ def test_torch_gives_the_same_logits(job):
   spec = importlib.util.spec_from_file_location('model_torch', path)
   model_torch = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(model_torch)
+  network, _ = vit.load(job.directory, vit.INT8_WEIGHTS)
+  rounded = jax.jit(vit.VisionTransformer.__call__)(
+    network, augment.normalize(job.settings.augment, job.images)
+  )
   with torch.no_grad():
     images = model_torch.normalize(torch.tensor(job.images))
-    logits = model_torch.load()(images)
-  np.testing.assert_allclose(logits, job.logits, atol=1e-5)
+    for file, wanted in (
+      ('model.safetensors', job.logits),
+      ('model_int8.safetensors', rounded),
+    ):
+      logits = model_torch.load(file)(images)
+      np.testing.assert_allclose(logits, wanted, atol=1e-5)
 
 
 def test_torch_module_is_at_most_150_lines(job):

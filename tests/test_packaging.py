@@ -51,7 +51,8 @@ def test_wheel_holds_every_module_and_nothing_beside_the_package(wheel):
   names = set(zipfile.ZipFile(wheel).namelist())
   modules = {
     str(path.relative_to(ROOT))
-    for path in (ROOT / 'focusformer_jax').rglob('*.py')
+    for suffix in ('py', 'html', 'js')
+    for path in (ROOT / 'focusformer_jax').rglob(f'*.{suffix}')
   }
   assert {n for n in names if n.startswith('focusformer_jax/')} == modules
   rest = {name.partition('/')[0] for name in names - modules}

@@ -7,11 +7,10 @@ compared with the network's, before the next one is written.
 Letters: `B` batch, `C` classes.
 """
 
-from collections.abc import Callable, Iterable
-import dataclasses
+from collections.abc import Callable
+import functools
 import importlib.util
 import io
-import json
 import pathlib
 from typing import Any
 import zipfile
@@ -23,22 +22,25 @@ import jax
 from jax import export as jax_export
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from focusformer_jax import atomic_files
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax.data import augment
 from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.deploy import card
+from focusformer_jax.models import int8
 from focusformer_jax.models import timm
 from focusformer_jax.models import vit
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import experiment as experiment_lib
 
 ARTIFACT = 'model.jax_export'
-CARD = 'README.md'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 ONNX = 'model.onnx'
-# They write that file and read it.
+INT8_ONNX = 'model_int8.onnx'
+# They write these files and read them.
 ONNX_PACKAGES = ('onnx', 'onnxruntime')
 # Largest deviation from the logits of the network in memory, as a share of the
 # largest of those.
@@ -46,14 +48,11 @@ TOLERANCE = 1e-5
 # Number of images that files are compared on.
 COMPARED = 16
 
-# Files that every export has, and where they come from.
+# Files that are copies of ours.
 TEMPLATES = {
   'predict.py': 'predict_template.py',
   'model_torch.py': 'torch_template.py',
 }
-
-Classify = Callable[[np.ndarray], jax.Array]
-
 USE = {
   'predict.py': '`python predict.py IMAGE...` prints a class and its '
   'probability for each image; needs jax and pillow',
@@ -66,9 +65,14 @@ USE = {
   vit.WEIGHTS: "the weights, in timm's names and layouts; "
   '`focusformer_jax.models.vit.load` reads them, too',
   vit.DESCRIPTION: 'the architecture, for the same two',
+  INT8_ONNX: f'`{ONNX}` with weights of 8 bits and a scale for each output '
+  'channel; it computes in float32',
+  vit.INT8_WEIGHTS: f'those weights, for `load({vit.INT8_WEIGHTS!r})`',
   'flatbuffers.zip': "the library with which jax reads its format (Google's, "
   'Apache 2.0)',
 }
+
+Classify = Callable[[np.ndarray], jax.typing.ArrayLike]
 
 
 def export(
@@ -77,7 +81,7 @@ def export(
   arch: search_space.Architecture,
   step: int,
   parent: epath.Path,
-) -> epath.Path:
+) -> card.Exported:
   """Writes a directory for a network, named after the data set and the cost.
 
   A directory of the same name is replaced.
@@ -90,8 +94,9 @@ def export(
     parent: Parent of the directory.
 
   Returns:
-    The directory, with the files of `USE` and a model card; `model.onnx` only
-    if the packages of the extra `onnx` are installed.
+    The directory, with the files of `USE` and a model card, and what was
+    measured. Files in ONNX are written if the packages of the extra `onnx` are
+    installed, those of 8 bits if `config.export.int8` asks for them.
 
   Raises:
     UserError: A file does not give the network's logits when it is read back.
@@ -102,14 +107,19 @@ def export(
   network = vit.VisionTransformer(
     network.stem, list(network.blocks), network.head, network.geometry
   )
+  for file in (*USE, card.NAME):  # No file of another network may stay.
+    (directory / file).unlink(missing_ok=True)
+  vit.save(network, experiment.space.to_json(arch), directory)
   test = experiment.dataset.split('test')
   images = test.batch(np.arange(min(COMPARED, len(test))))['image']
-  logits_BC = _classifier(recipe, network)(images)
+  wanted_BC = _classify(recipe, network, images)
 
-  scale = float(np.abs(logits_BC).max())
-
-  def compare(file: str, found_BC: jax.typing.ArrayLike) -> None:
-    deviation = float(np.abs(np.asarray(found_BC) - logits_BC).max())
+  def check(
+    file: str, wanted_BC: jax.typing.ArrayLike, classify: Classify
+  ) -> None:
+    """Compares the logits that a file gives."""
+    scale = float(np.abs(wanted_BC).max())
+    deviation = float(np.abs(np.asarray(classify(images)) - wanted_BC).max())
     if not deviation <= TOLERANCE * scale:
       raise errors.UserError(
         f'{directory / file}: wanted the logits of the network to {TOLERANCE} '
@@ -117,37 +127,51 @@ def export(
         'do not use that file'
       )
 
-  for file in (*USE, CARD):  # No file of another network may stay.
-    (directory / file).unlink(missing_ok=True)
-  vit.save(network, experiment.space.to_json(arch), directory)
   loaded, _ = vit.load(directory)
-  compare(vit.WEIGHTS, _classifier(recipe, loaded)(images))
+  check(vit.WEIGHTS, wanted_BC, _classifier(recipe, loaded))
 
   (directory / ARTIFACT).write_bytes(_artifact(recipe, network))
   artifact = jax.jit(
     jax_export.deserialize((directory / ARTIFACT).read_bytes()).call
   )
-  compare(ARTIFACT, artifact(images))
+  check(ARTIFACT, wanted_BC, artifact)
 
-  if _can_write_onnx():
-    (directory / ONNX).write_bytes(_onnx(recipe, network))
-    compare(ONNX, _run_onnx((directory / ONNX).read_bytes(), images))
+  weights = vit.state_dict(network)
+  writes_onnx = not missing_onnx_packages()
+  if writes_onnx:
+    _write_onnx(recipe, network, weights, directory / ONNX)
+    check(ONNX, wanted_BC, _onnx_classifier(directory / ONNX))
+  else:
+    logging.info('no %s: pip install %s', ONNX, ' '.join(ONNX_PACKAGES))
+
+  rounded = None
+  if experiment.settings.export.int8:
+    weights = int8.quantize(weights)
+    atomic_files.write(
+      directory / vit.INT8_WEIGHTS, safetensors.numpy.save(weights)
+    )
+    loaded, _ = vit.load(directory, vit.INT8_WEIGHTS)
+    rounded = _classifier(recipe, loaded)
+    if writes_onnx:
+      _write_onnx(recipe, network, weights, directory / INT8_ONNX)
+      wanted_BC = rounded(images)
+      check(INT8_ONNX, wanted_BC, _onnx_classifier(directory / INT8_ONNX))
 
   atomic_files.write_json(
-    directory / 'preprocessing.json', _preprocessing(experiment)
+    directory / 'preprocessing.json', preprocessing(experiment)
   )
   (directory / 'flatbuffers.zip').write_bytes(_flatbuffers())
   for file, template in TEMPLATES.items():
     source = pathlib.Path(__file__).with_name(template)
     (directory / file).write_text(source.read_text())
-  accuracy = {
-    split: _accuracy(experiment, artifact, split)
-    for split in ('heldout', 'test')
-  }
-  (directory / CARD).write_text(
-    _card(experiment, arch, step, accuracy, directory)
-  )
-  return directory
+  exported = _measure(experiment, arch, directory, artifact, rounded)
+  (directory / card.NAME).write_text(card.text(experiment, exported, step, USE))
+  return exported
+
+
+def missing_onnx_packages() -> list[str]:
+  """Packages of the extra `onnx` that are not installed."""
+  return [p for p in ONNX_PACKAGES if not importlib.util.find_spec(p)]
 
 
 def _short(count: int) -> str:
@@ -156,17 +180,17 @@ def _short(count: int) -> str:
   return f'{count / 1000**thousands:.4g}{" kMGTP"[thousands].strip()}'
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _classify(recipe, network, images_BHWC):
+  with jax.default_matmul_precision('float32'):
+    return network(augment.normalize(recipe, images_BHWC))
+
+
 def _classifier(
   recipe: config_lib.Augment, network: vit.VisionTransformer
 ) -> Classify:
   """A compiled function from uint8 images to logits."""
-
-  @jax.jit
-  def classify(images_BHWC):
-    with jax.default_matmul_precision('float32'):
-      return network(augment.normalize(recipe, images_BHWC))
-
-  return classify
+  return functools.partial(_classify, recipe, network)
 
 
 def _images(geometry: search_space.Geometry) -> jax.ShapeDtypeStruct:
@@ -181,44 +205,88 @@ def _artifact(
 ) -> bytes:
   """The network as `jax.export` serializes it."""
   export_to = jax_export.export(
-    _classifier(recipe, network), platforms=PLATFORMS
+    jax.jit(_classifier(recipe, network)), platforms=PLATFORMS
   )
   return bytes(export_to(_images(network.geometry)).serialize())
 
 
-def _can_write_onnx() -> bool:
-  """Whether the packages of the extra `onnx` are installed."""
-  missing = [p for p in ONNX_PACKAGES if not importlib.util.find_spec(p)]
-  if missing:
-    logging.info('no %s: pip install %s to get one', ONNX, ' '.join(missing))
-  return not missing
-
-
-def _onnx(recipe: config_lib.Augment, network: vit.VisionTransformer) -> bytes:
-  """The network in ONNX."""
+def _write_onnx(
+  recipe: config_lib.Augment,
+  network: vit.VisionTransformer,
+  weights: timm.StateDict,
+  path: epath.Path,
+) -> None:
   from focusformer_jax.deploy import onnx_graph  # Needs an optional package.
 
   model = onnx_graph.build(
-    vit.state_dict(network),
+    weights,
     network.geometry,
     pool=network.head.pool,
     head_dim=network.head_dim,
     mean=recipe.mean,
     std=recipe.std,
   )
-  return model.SerializeToString()
+  path.write_bytes(model.SerializeToString())
 
 
-def _run_onnx(model: bytes, images_BHWC: np.ndarray) -> np.ndarray:
+def _onnx_classifier(path: epath.Path) -> Classify:
   import onnxruntime
 
   session = onnxruntime.InferenceSession(
-    model, providers=['CPUExecutionProvider']
+    path.read_bytes(), providers=['CPUExecutionProvider']
   )
-  return session.run(None, {'images': images_BHWC})[0]
+  return lambda images_BHWC: session.run(None, {'images': images_BHWC})[0]
 
 
-def _preprocessing(experiment: experiment_lib.Experiment) -> dict[str, Any]:
+def _measure(
+  experiment: experiment_lib.Experiment,
+  arch: search_space.Architecture,
+  directory: epath.Path,
+  classify: Classify,
+  rounded: Classify | None,
+) -> card.Exported:
+  """Costs and accuracies.
+
+  Args:
+    experiment: Data set and costs.
+    arch: The architecture.
+    directory: Where the network is.
+    classify: Gives its logits.
+    rounded: Gives its logits with weights of 8 bits, if there are such.
+  """
+
+  def classes(classify: Classify, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Classes that the images of a split get, and their labels."""
+    found, labels = [], []
+    for batch in batches_lib.eval_batches(
+      experiment.dataset.split(split), experiment.settings.data.eval_batch_size
+    ):
+      images = int(batch['weight'].sum())
+      found.append(np.argmax(classify(batch['image']), -1)[:images])
+      labels.append(batch['label'][:images])
+    return np.concatenate(found), np.concatenate(labels)
+
+  def count(found: np.ndarray, labels: np.ndarray) -> card.Count:
+    return card.Count(int((found == labels).sum()), len(labels))
+
+  found = {split: classes(classify, split) for split in ('heldout', 'test')}
+  cost = None
+  if rounded is not None:
+    changed, labels = classes(rounded, 'test')
+    cost = card.Int8(
+      count(changed, labels), int((changed != found['test'][0]).sum())
+    )
+  tables = experiment.tables.values()
+  return card.Exported(
+    directory=directory,
+    architecture=experiment.space.describe(arch),
+    costs={table.label: table.of(arch) for table in tables},
+    accuracy={split: count(*pair) for split, pair in found.items()},
+    int8=cost,
+  )
+
+
+def preprocessing(experiment: experiment_lib.Experiment) -> dict[str, Any]:
   recipe, geometry = experiment.recipe, experiment.geometry
   return {
     'image_size': geometry.image_size,
@@ -243,90 +311,3 @@ def _flatbuffers() -> bytes:
       entry = zipfile.ZipInfo(f'flatbuffers/{path.name}')
       archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
   return file.getvalue()
-
-
-def _accuracy(
-  experiment: experiment_lib.Experiment, classify: Classify, split: str
-) -> tuple[int, int]:
-  """Numbers of correctly classified images and of all images of a split."""
-  right, count = 0, 0
-  batches = batches_lib.eval_batches(
-    experiment.dataset.split(split), experiment.settings.data.eval_batch_size
-  )
-  for batch in batches:
-    hits_B = np.argmax(classify(batch['image']), -1) == batch['label']
-    right += int((hits_B * batch['weight']).sum())
-    count += int(batch['weight'].sum())
-  return right, count
-
-
-def _card(
-  experiment: experiment_lib.Experiment,
-  arch: search_space.Architecture,
-  step: int,
-  accuracy: dict[str, tuple[int, int]],
-  directory: epath.Path,
-) -> str:
-  """The model card: architecture, accuracy, use and provenance."""
-  settings, geometry = experiment.settings, experiment.geometry
-  size = geometry.image_size
-  rows = [
-    ('architecture', experiment.space.describe(arch)),
-    ('input', f'{size} x {size} pixels, {geometry.channels} channels'),
-    ('output', f'{geometry.num_classes} classes'),
-    *(
-      (table.label, f'{table.of(arch):,}')
-      for table in experiment.tables.values()
-    ),
-    *(
-      (f'{split} accuracy', f'{right / count:.2%} ({right:,} of {count:,})')
-      for split, (right, count) in accuracy.items()
-    ),
-    ('data set', settings.data.name),
-    ('checkpoint', f'step {step} of {settings.train.steps}'),
-    ('seed', settings.seed),
-    ('made with', f'jax {jax.__version__}'),
-  ]
-  files = [
-    (f'`{f}`', use) for f, use in USE.items() if (directory / f).exists()
-  ]
-  lines = [
-    f'# {directory.name}',
-    '',
-    'An image classifier, extracted from a supernet that focusformer_jax '
-    'trained. Accuracies are those of `model.jax_export` in this directory.',
-    '',
-    *_table(rows),
-    '',
-    '## Files',
-    '',
-    *_table(files),
-    '',
-    *_in_timm(directory),
-    '## Configuration',
-    '',
-    '```json',
-    json.dumps(dataclasses.asdict(settings), indent=2),
-    '```',
-    '',
-  ]
-  return '\n'.join(lines)
-
-
-def _in_timm(directory: epath.Path) -> list[str]:
-  """A section on timm, if it can build the network."""
-  code = timm.create_model(
-    json.loads((directory / vit.DESCRIPTION).read_text())
-  )
-  if code is None:
-    return []
-  return ['## timm', '', '```python', *code.splitlines(), '```', '']
-
-
-def _table(rows: Iterable[tuple[str, Any]]) -> list[str]:
-  """Two columns in Markdown."""
-  return [
-    '| | |',
-    '| --- | --- |',
-    *(f'| {key} | {value} |' for key, value in rows),
-  ]

@@ -17,12 +17,15 @@ import safetensors.numpy
 
 from focusformer_jax import atomic_files
 from focusformer_jax import errors
+from focusformer_jax.models import int8
 from focusformer_jax.models import layers
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import timm
 from focusformer_jax.spaces import search_space
 
 WEIGHTS = 'model.safetensors'
+# The same as `int8.quantize` makes them.
+INT8_WEIGHTS = 'model_int8.safetensors'
 DESCRIPTION = 'architecture.json'
 
 
@@ -222,18 +225,22 @@ def save(
   )
 
 
-def load(directory: epath.Path) -> tuple[VisionTransformer, dict[str, Any]]:
+def load(
+  directory: epath.Path, weights: str = WEIGHTS
+) -> tuple[VisionTransformer, dict[str, Any]]:
   """The network that `save` wrote, and its description.
 
   Args:
     directory: Where `save` wrote it.
+    weights: Name of the file of weights; those of 8 bits become float32.
 
   Raises:
     UserError: A file is missing or unreadable, or the two do not match.
   """
   try:
     description = json.loads((directory / DESCRIPTION).read_text())
-    arrays = safetensors.numpy.load((directory / WEIGHTS).read_bytes())
+    arrays = safetensors.numpy.load((directory / weights).read_bytes())
+    arrays = int8.dequantize(arrays)
     geometry = search_space.Geometry(**description['geometry'])
     if (pool := description['pool']) not in layers.POOLS:
       raise ValueError(f'pool: wanted one of {layers.POOLS}, found {pool!r}')
@@ -243,7 +250,7 @@ def load(directory: epath.Path) -> tuple[VisionTransformer, dict[str, Any]]:
     )
   except Exception as error:  # JSON, safetensors and JAX raise many kinds.
     raise errors.UserError(
-      f'{directory}: wanted {DESCRIPTION} and {WEIGHTS} of a network, found '
+      f'{directory}: wanted {DESCRIPTION} and {weights} of a network, found '
       f'{errors.first_line(error)}; write them with --mode=extract'
     ) from error
 
@@ -254,7 +261,7 @@ def load(directory: epath.Path) -> tuple[VisionTransformer, dict[str, Any]]:
     found = arrays[name].shape if name in arrays else 'nothing'
     if found != array.shape:
       raise errors.UserError(
-        f'{directory / WEIGHTS}: wanted {name} of shape {array.shape}, found '
+        f'{directory / weights}: wanted {name} of shape {array.shape}, found '
         f'{found}; write it with --mode=extract'
       )
   ours = timm.from_timm(arrays, shapes, geometry, pool)

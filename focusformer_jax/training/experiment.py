@@ -392,6 +392,7 @@ def create(settings: config_lib.Settings, devices=None) -> Experiment:
   experiment = Experiment(settings, dataset, mesh)
   bins = experiment.cost_bins
   wanted = [('search.budgets', b) for b in settings.search.budgets]
+  wanted += [('export.budgets', b) for b in settings.export.budgets]
   if settings.extract.budget:
     wanted.append(('extract.budget', settings.extract.budget))
   for key, budget in wanted:

@@ -1,0 +1,183 @@
+"""The model card: Markdown, with metadata that the Hugging Face hub reads."""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+from etils import epath
+import jax
+import yaml
+
+from focusformer_jax.models import timm
+from focusformer_jax.models import vit
+from focusformer_jax.training import experiment as experiment_lib
+
+NAME = 'README.md'
+
+
+class Count(NamedTuple):
+  """Correctly classified images, out of all images of a split."""
+
+  right: int
+  images: int
+
+  @property
+  def share(self) -> float:
+    return self.right / self.images
+
+  def __str__(self) -> str:
+    return f'{self.share:.2%} ({self.right:,} of {self.images:,})'
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8:
+  """The cost of weights of 8 bits.
+
+  Args:
+    test: Correct on the test split, with these weights.
+    changed: Test images that get another class than with float32.
+  """
+
+  test: Count
+  changed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+  """An exported network.
+
+  Args:
+    directory: Where it is.
+    architecture: Its sizes in words.
+    costs: Its costs, by what they count.
+    accuracy: Correct images by split.
+    int8: The same for weights of 8 bits, if there are any.
+  """
+
+  directory: epath.Path
+  architecture: str
+  costs: Mapping[str, int]
+  accuracy: Mapping[str, Count]
+  int8: Int8 | None
+
+
+def text(
+  experiment: experiment_lib.Experiment,
+  exported: Exported,
+  step: int,
+  files: Mapping[str, str],
+) -> str:
+  """The card of a network whose files are written.
+
+  Args:
+    experiment: Data set, geometry and settings.
+    exported: The network.
+    step: Step of the checkpoint that its weights come from.
+    files: Uses of files, by name; those that are not there are left out.
+  """
+  settings, geometry = experiment.settings, experiment.geometry
+  size, directory = geometry.image_size, exported.directory
+  facts = [
+    ('architecture', exported.architecture),
+    ('input', f'{size} x {size} pixels, {geometry.channels} channels'),
+    ('output', f'{geometry.num_classes} classes'),
+    *((name, f'{cost:,}') for name, cost in exported.costs.items()),
+    *((f'{split} accuracy', str(n)) for split, n in exported.accuracy.items()),
+  ]
+  if int8 := exported.int8:
+    points = 100 * (int8.test.share - exported.accuracy['test'].share)
+    facts.append(
+      (
+        'test accuracy, int8',
+        f'{int8.test}, {points:+.2f} points; {int8.changed:,} images get '
+        'another class',
+      )
+    )
+  facts += [
+    ('data set', settings.data.name),
+    ('checkpoint', f'step {step} of {settings.train.steps}'),
+    ('seed', settings.seed),
+    ('made with', f'jax {jax.__version__}'),
+  ]
+  there = [
+    (f'`{name}`', use)
+    for name, use in files.items()
+    if (directory / name).exists()
+  ]
+  description = json.loads((directory / vit.DESCRIPTION).read_text())
+  code = timm.create_model(description)
+  lines = [
+    '---',
+    yaml.safe_dump(_metadata(experiment, exported), sort_keys=False).rstrip(),
+    '---',
+    '',
+    f'# {directory.name}',
+    '',
+    'An image classifier, extracted from a supernet that focusformer_jax '
+    'trained. Accuracies are those of `model.jax_export` in this directory.',
+    '',
+    *_table(facts),
+    '',
+    '## Files',
+    '',
+    *_table(there),
+    '',
+    *(['## timm', '', '```python', code, '```', ''] if code else []),
+    '## Configuration',
+    '',
+    '```json',
+    json.dumps(dataclasses.asdict(settings), indent=2),
+    '```',
+    '',
+  ]
+  return '\n'.join(lines)
+
+
+def _metadata(
+  experiment: experiment_lib.Experiment, exported: Exported
+) -> dict[str, Any]:
+  """Front matter of the card, in the hub's terms."""
+  data = experiment.settings.data
+  metrics = [
+    {'type': 'accuracy', 'name': f'{split} accuracy', 'value': count.share}
+    for split, count in exported.accuracy.items()
+    if split == 'test'
+  ]
+  if int8 := exported.int8:
+    metrics.append(
+      {
+        'type': 'accuracy',
+        'name': 'test accuracy, int8',
+        'value': int8.test.share,
+      }
+    )
+  result = {
+    'task': {'type': 'image-classification', 'name': 'Image Classification'},
+    'dataset': {'type': data.name, 'name': data.name, 'split': data.test},
+    'metrics': metrics,
+  }
+  return {
+    'library_name': 'focusformer_jax',
+    'pipeline_tag': 'image-classification',
+    'tags': [
+      'image-classification',
+      'vision-transformer',
+      'neural-architecture-search',
+      'jax',
+      'pytorch',
+      *(['onnx'] if (exported.directory / 'model.onnx').exists() else []),
+    ],
+    'datasets': [data.name],
+    'metrics': ['accuracy'],
+    'model-index': [{'name': exported.directory.name, 'results': [result]}],
+  }
+
+
+def _table(rows: Iterable[tuple[str, Any]]) -> list[str]:
+  """Two columns in Markdown."""
+  return [
+    '| | |',
+    '| --- | --- |',
+    *(f'| {key} | {value} |' for key, value in rows),
+  ]
