@@ -7,6 +7,10 @@
 the two archives of image-net.org: put them into <data dir>/downloads/manual and
 run `tfds build imagenet2012 --file_format=array_record`.
 
+One part of AutoFormer's recipe is left out: on several GPUs its training script
+puts three augmented copies of an image into a batch. `config.data.repeats` does
+that; it has to divide `config.data.batch_size`, and 3 does not divide 1,024.
+
 We have never run it at full length, so we state neither accuracy nor run time.
 For comparison, AutoFormer's paper reports 74.7%, 81.7% and 82.4% for the three
 spaces, and ShiftNAS (ICCV 2023) quotes 75.1%, 81.6% and 81.9% for
