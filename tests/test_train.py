@@ -293,6 +293,16 @@ def test_checkpoint_before_a_full_disk_survives(experiment, trained, tmp_path):
     checkpoints.restore(experiment.abstract_state, streams)
 
 
+def test_collapse_is_logged_until_the_last_tenth(monkeypatch):
+  lines = []
+  monkeypatch.setattr(train.logging, 'warning', lambda *a: lines.append(a))
+  train._warn_of_collapse(50, 100, [])
+  train._warn_of_collapse(90, 100, [1_000])
+  assert not lines
+  train._warn_of_collapse(50, 100, [1_000, 20_000])
+  assert [line[1:3] for line in lines] == [(50, '1,000, 20,000')]
+
+
 def test_loss_spike_is_logged(monkeypatch):
   lines = []
   monkeypatch.setattr(loop.logging, 'warning', lambda *a: lines.append(a))

@@ -410,6 +410,7 @@ class Proposal(NamedTuple):
     weights: Output of the policy.
     decisions: Probability of each choice.
     entropy: Entropy of the distribution, in nats.
+    subnets: Number of subnets that it is over.
     mass_near: Probability of costs within 1% of the budget.
   """
 
@@ -417,6 +418,7 @@ class Proposal(NamedTuple):
   weights: conditional.LogWeights
   decisions: conditional.LogWeights
   entropy: Float[Array, '']
+  subnets: Float[Array, '']
   mass_near: Float[Array, '']
 
 
@@ -441,6 +443,7 @@ def propose_step(
     weights=weights,
     decisions=decisions,
     entropy=entropy,
+    subnets=jnp.exp(bins.log_count(budget, lower)),
     mass_near=conditional.mass_near(weights, bins, budget, lower),
   )
 

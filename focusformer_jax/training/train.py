@@ -25,6 +25,12 @@ from focusformer_jax.training import steps
 
 CHECKPOINTS = 'checkpoints'
 
+# A sampler is certain of its answer below this entropy, in nats. It is no fault
+# in the last tenth of training, nor where there are few subnets to choose from.
+CERTAIN = 0.5
+MAY_BE_CERTAIN_AFTER = 0.9
+FEW_SUBNETS = 8
+
 # Libraries whose versions a run notes down.
 LIBRARIES = (
   'jax',
@@ -266,8 +272,10 @@ def _look(
   scores = evaluator.score(
     state.scored, [p.arch for p in proposals], heldout, state.teacher
   )
-  metrics = {}
+  metrics, certain = {}, []
   for budget, proposal, score in zip(budgets, proposals, scores, strict=True):
+    if proposal.entropy < CERTAIN and proposal.subnets >= FEW_SUBNETS:
+      certain.append(budget)
     name = f'budget_{budget}'
     metrics |= {
       f'{name}/heldout_loss': score.loss,
@@ -276,4 +284,19 @@ def _look(
       f'{name}/mass_within_1%': float(proposal.mass_near),
       f'{name}/cost': float(table.of(proposal.arch)),
     }
+  total = experiment.settings.train.steps
+  _warn_of_collapse(int(state.step), total, certain)
   return metrics
+
+
+def _warn_of_collapse(step: int, total: int, certain: list[int]) -> None:
+  """Says which budgets the sampler has too early one answer to."""
+  if certain and step < MAY_BE_CERTAIN_AFTER * total:
+    logging.warning(
+      'step %d: the sampler is certain of one subnet for %s (entropy below %g '
+      'nats) and trains few others there; config.sampler.target_entropy keeps '
+      'it open',
+      step,
+      ', '.join(f'{budget:,}' for budget in certain),
+      CERTAIN,
+    )
