@@ -288,7 +288,7 @@ class Optimizer(schema.Section):
 
 @dataclasses.dataclass(frozen=True)
 class Distillation(schema.Section):
-  """Distillation from the largest subnet, or from the initial network."""
+  """Distillation from the largest subnet, or from a frozen network."""
 
   loss: str = key(
     'none',
@@ -300,8 +300,8 @@ class Distillation(schema.Section):
   teacher: str = key(
     'largest',
     '`largest`, the largest subnet, which then trains on the labels in every '
-    'step; or `initial`, the network of `train.initial` as it came, frozen.',
-    choices=('largest', 'initial'),
+    'step; or, frozen, `initial`, the network of `train.initial` as it came, '
+    'or the directory of an extracted network for the same images and classes.',
   )
   weight: float = key(
     1.0,
@@ -315,9 +315,10 @@ class Distillation(schema.Section):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.teacher == 'initial' and self.loss == 'none':
+    if self.teacher != 'largest' and self.loss == 'none':
       raise ValueError(
-        'loss: wanted kl, alpha or features for teacher=initial, found none'
+        'loss: wanted kl, alpha or features for '
+        f'teacher={self.teacher}, found none'
       )
 
   @property

@@ -9,6 +9,8 @@ import resource
 import shutil
 import signal
 
+from etils import epath
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from focusformer_jax import errors
 from focusformer_jax import sharding
 from focusformer_jax import stages
 from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.models import vit
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import loop
@@ -145,6 +148,65 @@ def test_gigamacs_count_every_pass(tfds_dir, distillation, teacher):
   table, images = experiment.tables['macs'], 32 // subnets
   forward = images * table.minimum + 32 // subnets * table.maximum
   np.testing.assert_allclose(state.gigamacs, 3 * forward / 1e9, rtol=1e-6)
+
+
+@pytest.fixture(scope='module')
+def exported(tfds_dir, experiment, tmp_path_factory):
+  """The directory of a network with new weights, the smallest of the space."""
+  directory = epath.Path(tmp_path_factory.mktemp('teacher'))
+  values = experiment.space.to_json(experiment.space.smallest())
+  network = vit.create(
+    values,
+    experiment.geometry,
+    head_dim=experiment.space.head_dim,
+    init_std=0.1,
+    rngs=nnx.Rngs(1),
+  )
+  vit.save(network, values, directory)
+  return directory
+
+
+def test_exported_network_teaches(tfds_dir, exported):
+  """Alone, as the labels have no weight, and its passes are counted."""
+  experiment = experiment_lib.create(
+    smoke_settings(
+      tfds_dir,
+      curriculum__name='sandwich',
+      curriculum__subnets=2,
+      distillation__loss='kl',
+      distillation__teacher=str(exported),
+    ),
+    jax.devices()[:1],
+  )
+  batch = first_batches(experiment, 1)[0]
+  step = jax.jit(functools.partial(steps.supernet_step, experiment))
+  new = experiment.init_state()
+  assert_equal(new.teacher, vit.load(exported)[0])
+  state, metrics = step(new, batch)
+  assert_equal(state.teacher, new.teacher)
+  other_labels = batch | {'label': (batch['label'] + 1) % 10}
+  assert step(new, other_labels)[1]['train/loss'] == metrics['train/loss']
+  surer = jax.tree.map(lambda leaf: 2 * leaf, new.teacher)
+  surer = step(new.replace(teacher=surer), batch)[1]
+  assert surer['train/loss'] != metrics['train/loss']
+  table = experiment.tables['macs']
+  trained = 16 * (table.minimum + table.maximum)
+  np.testing.assert_allclose(
+    state.gigamacs, (3 * trained + 32 * table.minimum) / 1e9, rtol=1e-6
+  )
+
+
+def test_exported_teacher_of_other_images_is_refused(tfds_dir, exported):
+  settings = smoke_settings(
+    tfds_dir,
+    data__image_size=16,
+    distillation__loss='kl',
+    distillation__teacher=str(exported),
+  )
+  with pytest.raises(
+    errors.UserError, match=r'config\.distillation\.teacher: .*image_size=16'
+  ):
+    experiment_lib.create(settings, jax.devices()[:1]).init_state()
 
 
 def test_gigamacs_count_the_candidates_of_attentive(tfds_dir):

@@ -134,7 +134,7 @@ class Evaluator:
     supernet: supernet_lib.Supernet,
     archs: Sequence[search_space.Architecture],
     source: datasets.Source,
-    teacher: supernet_lib.Supernet | None = None,
+    teacher: state_lib.Teacher | None = None,
   ) -> list[Score]:
     """Loss and accuracy of each architecture; every example counts once.
 

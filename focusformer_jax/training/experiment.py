@@ -208,6 +208,47 @@ class Experiment:
     return settings.distillation.teacher == 'initial' and needed
 
   @functools.cached_property
+  def other_teacher(self) -> tuple[vit.VisionTransformer, int] | None:
+    """The extracted network that teaches and its MACs, if one is configured.
+
+    Raises:
+      UserError: It cannot be read, or is for other images or classes.
+    """
+    teacher = self.settings.distillation.teacher
+    if teacher in ('largest', 'initial') or not self.settings.train.supernet:
+      return None
+    try:
+      with jax.ensure_compile_time_eval():  # It may be asked for while tracing.
+        network, description = vit.load(epath.Path(teacher))
+    except errors.UserError as error:
+      raise errors.UserError(f'config.distillation.teacher: {error}') from error
+    if not self.settings.supernet.head:
+      raise errors.UserError(
+        'config.distillation.teacher: wanted initial for networks without '
+        f'classes, found {teacher}'
+      )
+    for name in ('image_size', 'channels', 'num_classes'):
+      wanted = getattr(self.geometry, name)
+      found = getattr(network.geometry, name)
+      if found != wanted:
+        raise errors.UserError(
+          f'config.distillation.teacher: wanted a network with {name}={wanted},'
+          f' found {found} in {teacher}'
+        )
+    values = {
+      name: description[name] for name in search_space.Architecture._fields
+    }
+    space = search_space.SearchSpace(
+      embed_dim=(values['embed_dim'],),
+      depth=(values['depth'],),
+      num_heads=tuple(sorted(set(values['num_heads']))),
+      mlp_ratio=tuple(sorted(set(values['mlp_ratio']))),
+      head_dim=network.head_dim,
+    )
+    macs = cost.macs(space, network.geometry).of(space.from_json(values))
+    return network, macs
+
+  @functools.cached_property
   def optimizer(self):
     return optim.supernet_optimizer(
       self.settings.optimizer,
@@ -245,6 +286,9 @@ class Experiment:
     sampler = policy_lib.Policy(
       self.space, policy.hidden, policy.frequencies, rngs=rngs(1)
     )
+    teacher = _as_teacher(net) if self.keeps_teacher else None
+    if self.other_teacher is not None:  # `init_state` puts it in place.
+      teacher = jax.tree.map(jnp.zeros_like, self.other_teacher[0])
     return state_lib.TrainState(
       step=jnp.int32(0),
       seed=jnp.copy(seed),
@@ -256,7 +300,7 @@ class Experiment:
       policy_optimizer=self.policy_optimizer.init(sampler),
       trained=conditional.architecture_weights(self.space),
       gigamacs=jnp.float32(0),
-      teacher=_as_teacher(net) if self.keeps_teacher else None,
+      teacher=teacher,
     )
 
   @functools.cached_property
@@ -292,6 +336,9 @@ class Experiment:
     """
     placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
     state = jax.jit(self._init, out_shardings=placed)(self._seed)
+    if self.other_teacher is not None:
+      teacher = jax.device_put(self.other_teacher[0], placed.teacher)
+      state = state.replace(teacher=teacher)
     if not self.settings.train.initial:
       return state
     initial = epath.Path(self.settings.train.initial)
@@ -309,7 +356,7 @@ class Experiment:
     return state.replace(
       supernet=net,
       average=jax.tree.map(jnp.copy, net) if averaged else None,
-      teacher=_as_teacher(net) if self.keeps_teacher else None,
+      teacher=_as_teacher(net) if self.keeps_teacher else state.teacher,
     )
 
   def facts(self) -> dict[str, Any]:

@@ -8,8 +8,11 @@ import numpy as np
 import optax
 
 from focusformer_jax.models import supernet as supernet_lib
+from focusformer_jax.models import vit
 from focusformer_jax.sampler import conditional
 from focusformer_jax.sampler import policy as policy_lib
+
+Teacher = supernet_lib.Supernet | vit.VisionTransformer
 
 
 @flax.struct.dataclass
@@ -30,8 +33,8 @@ class TrainState:
     gigamacs: Cost of training so far in 1e9 multiply-adds, of updates (a
       backward pass counts as two forward passes), of all subnets scored and of
       the teacher.
-    teacher: The supernet as it came, whose largest subnet teaches, if that is
-      configured. It is never updated.
+    teacher: The supernet as it came, whose largest subnet teaches, or a network
+      of its own, if that is configured. It is never updated.
   """
 
   step: jax.Array
@@ -43,7 +46,7 @@ class TrainState:
   policy_optimizer: optax.OptState
   trained: conditional.LogWeights
   gigamacs: jax.Array
-  teacher: supernet_lib.Supernet | None = None
+  teacher: Teacher | None = None
 
   @property
   def scored(self) -> supernet_lib.Supernet:

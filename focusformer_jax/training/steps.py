@@ -75,8 +75,12 @@ def supernet_step(
 
   largest = search_space.stack([experiment.space.largest()])
   frozen_BC = None
-  if state.teacher is not None:
+  if isinstance(state.teacher, vit.VisionTransformer):
+    frozen_BC = sharding.gathered(experiment.mesh, state.teacher)(images)
+    frozen_gigamacs = experiment.other_teacher[1] * len(images) / 1e9
+  elif state.teacher is not None:
     frozen_BC = state.teacher.grouped(images, largest, None, experiment.mesh)
+    frozen_gigamacs = _gigamacs(experiment, largest, len(images))
   weight_B = 1.0
   if settings.curriculum.decay is not None:
     weight_S = curricula.gradient_weights(
@@ -123,7 +127,7 @@ def supernet_step(
     forward += _gigamacs(experiment, largest, examples)
   gigamacs = state.gigamacs + FORWARD_AND_BACKWARD * forward
   if frozen_BC is not None:
-    gigamacs += _gigamacs(experiment, largest, examples)
+    gigamacs += frozen_gigamacs
   if drawn.scored is not None:
     heldout = len(batch['heldout']['label'])
     gigamacs += _gigamacs(experiment, drawn.scored, heldout)
@@ -331,7 +335,7 @@ def eval_step(
   supernet: supernet_lib.Supernet,
   archs: search_space.Architecture,
   batch: dict[str, Array],
-  teacher: supernet_lib.Supernet | None = None,
+  teacher: state_lib.Teacher | None = None,
 ) -> Scores:
   """Scores A subnets on one batch; see `score_images`."""
   scores_AB = score_images(experiment, supernet, archs, batch, teacher)
@@ -343,7 +347,7 @@ def score_images(
   supernet: supernet_lib.Supernet,
   archs: search_space.Architecture,
   batch: dict[str, Array],
-  teacher: supernet_lib.Supernet | None = None,
+  teacher: state_lib.Teacher | None = None,
 ) -> ImageScores:
   """Scores A subnets on each image, each device its part of the images.
 
