@@ -257,7 +257,7 @@ def _export(
   """Exports the networks of several budgets, or the extracted one."""
   options = experiment.settings.export
   if options.demo:
-    demo.check(options)
+    demo.check(experiment.settings)
   budgets = sorted(int(budget) for budget in options.budgets)
   if options.demo and not budgets:
     budgets = experiment.search_budgets

@@ -224,10 +224,33 @@ def test_page_has_the_networks_and_all_its_files(job):
 def test_page_refuses_another_directory_than_the_runtimes(tmp_path):
   options = config_lib.Export(demo=True, onnxruntime_web=str(tmp_path))
   with pytest.raises(errors.UserError) as error:
-    demo.check(options)
+    demo.check(config_lib.Settings(export=options))
   assert str(error.value).startswith(
     'config.export.onnxruntime_web: wanted the directory of the npm package'
   )
+
+
+def test_page_refuses_networks_without_classes():
+  supernet = config_lib.Supernet(head=False)
+  with pytest.raises(errors.UserError, match='wanted networks with classes'):
+    demo.check(config_lib.Settings(supernet=supernet))
+
+
+def test_network_without_classes_is_exported_with_its_features(job, tmp_path):
+  supernet = dataclasses.replace(job.settings.supernet, head=False)
+  settings = dataclasses.replace(job.settings, supernet=supernet)
+  experiment = experiment_lib.create(settings, jax.devices()[:1])
+  arch = TINY.smallest()
+  network = vit.extract(make_supernet(geometry=experiment.geometry), arch)
+  exported = export.export(experiment, network, arch, 0, epath.Path(tmp_path))
+  assert exported.accuracy == {}
+  assert 0.99 < exported.int8 < 1
+  assert not (exported.directory / 'predict.py').exists()
+  card = (exported.directory / 'README.md').read_text()
+  assert f'| features, int8 | cosine {exported.int8:.5f} to those' in card
+  metadata = yaml.safe_load(card.split('---\n')[1])
+  assert metadata['pipeline_tag'] == 'image-feature-extraction'
+  assert 'model-index' not in metadata
 
 
 def test_budget_to_export_for_is_one_that_can_be_met(job, tmp_path):

@@ -51,15 +51,17 @@ class Exported:
     directory: Where it is.
     architecture: Its sizes in words.
     costs: Its costs, by what they count.
-    accuracy: Correct images by split.
-    int8: The same for weights of 8 bits, if there are any.
+    accuracy: Correct images by split; none of a network without classes.
+    int8: What weights of 8 bits cost, if there are any. Of a network without
+      classes, the mean cosine between its features on the test split and those
+      with float32.
   """
 
   directory: epath.Path
   architecture: str
   costs: Mapping[str, int]
   accuracy: Mapping[str, Count]
-  int8: Int8 | None
+  int8: Int8 | float | None
 
 
 def text(
@@ -77,15 +79,16 @@ def text(
     files: Uses of files, by name; those that are not there are left out.
   """
   settings, geometry = experiment.settings, experiment.geometry
-  size, directory = geometry.image_size, exported.directory
+  size, classes = geometry.image_size, geometry.num_classes
+  directory = exported.directory
   facts = [
     ('architecture', exported.architecture),
     ('input', f'{size} x {size} pixels, {geometry.channels} channels'),
-    ('output', f'{geometry.num_classes} classes'),
+    ('output', f'{geometry.num_classes} classes' if classes else 'features'),
     *((name, f'{cost:,}') for name, cost in exported.costs.items()),
     *((f'{split} accuracy', str(n)) for split, n in exported.accuracy.items()),
   ]
-  if int8 := exported.int8:
+  if isinstance(int8 := exported.int8, Int8):
     points = 100 * (int8.test.share - exported.accuracy['test'].share)
     facts.append(
       (
@@ -94,6 +97,8 @@ def text(
         'another class',
       )
     )
+  elif int8 is not None:
+    facts.append(('features, int8', f'cosine {int8:.5f} to those of float32'))
   facts += [
     ('data set', settings.data.name),
     ('checkpoint', f'step {step} of {settings.train.steps}'),
@@ -114,8 +119,9 @@ def text(
     '',
     f'# {directory.name}',
     '',
-    'An image classifier, extracted from a supernet that focusformer_jax '
-    'trained. Accuracies are those of `model.jax_export` in this directory.',
+    f'{"An image classifier" if classes else "A network for image features"}, '
+    'extracted from a supernet that focusformer_jax trained. Figures are those '
+    'of `model.jax_export` in this directory.',
     '',
     *_table(facts),
     '',
@@ -138,37 +144,36 @@ def _metadata(
   experiment: experiment_lib.Experiment, exported: Exported
 ) -> dict[str, Any]:
   """Front matter of the card, in the hub's terms."""
-  data = experiment.settings.data
-  metrics = [
-    {'type': 'accuracy', 'name': f'{split} accuracy', 'value': count.share}
-    for split, count in exported.accuracy.items()
-    if split == 'test'
-  ]
-  if int8 := exported.int8:
-    metrics.append(
-      {
-        'type': 'accuracy',
-        'name': 'test accuracy, int8',
-        'value': int8.test.share,
-      }
-    )
-  result = {
-    'task': {'type': 'image-classification', 'name': 'Image Classification'},
-    'dataset': {'type': data.name, 'name': data.name, 'split': data.test},
-    'metrics': metrics,
-  }
-  return {
+  data, classes = experiment.settings.data, experiment.geometry.num_classes
+  task = 'image-classification' if classes else 'image-feature-extraction'
+  has_onnx = (exported.directory / 'model.onnx').exists()
+  front = {
     'library_name': 'focusformer_jax',
-    'pipeline_tag': 'image-classification',
+    'pipeline_tag': task,
     'tags': [
-      'image-classification',
+      task,
       'vision-transformer',
       'neural-architecture-search',
       'jax',
       'pytorch',
-      *(['onnx'] if (exported.directory / 'model.onnx').exists() else []),
+      *(['onnx'] if has_onnx else []),
     ],
     'datasets': [data.name],
+  }
+  if not classes:
+    return front
+  accuracy = {'test accuracy': exported.accuracy['test']}
+  if isinstance(exported.int8, Int8):
+    accuracy['test accuracy, int8'] = exported.int8.test
+  result = {
+    'task': {'type': task},
+    'dataset': {'type': data.name, 'name': data.name, 'split': data.test},
+    'metrics': [
+      {'type': 'accuracy', 'name': name, 'value': count.share}
+      for name, count in accuracy.items()
+    ],
+  }
+  return front | {
     'metrics': ['accuracy'],
     'model-index': [{'name': exported.directory.name, 'results': [result]}],
   }

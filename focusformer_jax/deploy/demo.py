@@ -26,13 +26,19 @@ CDN = 'https://cdn.jsdelivr.net/npm/onnxruntime-web@1.30.0/dist'
 SAMPLES = 12
 
 
-def check(options: config_lib.Export) -> None:
+def check(settings: config_lib.Settings) -> None:
   """Refuses a page that could not be written, before anything is computed.
 
   Raises:
-    UserError: A package that writes ONNX is not installed, or the directory of
-      onnxruntime-web is another one.
+    UserError: The networks have no classes, a package that writes ONNX is not
+      installed, or the directory of onnxruntime-web is another one.
   """
+  options = settings.export
+  if not settings.supernet.head:
+    raise errors.UserError(
+      'config.export.demo: wanted networks with classes, which the page shows, '
+      'found config.supernet.head=False'
+    )
   if missing := export.missing_onnx_packages():
     raise errors.UserError(
       'config.export.demo: wanted the networks in ONNX, found no '

@@ -4,7 +4,7 @@ Exported networks compute in float32, whatever they were trained in, so that
 every platform gives the same logits. Each file is read back, and its logits are
 compared with the network's, before the next one is written.
 
-Letters: `B` batch, `C` classes.
+Letters: `B` batch, `C` classes, or features where there are none.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,8 @@ TEMPLATES = {
 USE = {
   'predict.py': '`python predict.py IMAGE...` prints a class and its '
   'probability for each image; needs jax and pillow',
-  ARTIFACT: 'uint8 images, any number of them, to logits: '
+  ARTIFACT: 'uint8 images, any number of them, to logits, or to features where '
+  'there are no classes: '
   f'`jax.export.deserialize` reads it, for {", ".join(PLATFORMS)}',
   ONNX: 'the same for onnxruntime',
   'preprocessing.json': 'preprocessing of images for both, and the class names',
@@ -162,6 +163,8 @@ def export(
   )
   (directory / 'flatbuffers.zip').write_bytes(_flatbuffers())
   for file, template in TEMPLATES.items():
+    if file == 'predict.py' and not network.geometry.num_classes:
+      continue
     source = pathlib.Path(__file__).with_name(template)
     (directory / file).write_text(source.read_text())
   exported = _measure(experiment, arch, directory, artifact, rounded)
@@ -255,33 +258,43 @@ def _measure(
     rounded: Gives its logits with weights of 8 bits, if there are such.
   """
 
-  def classes(classify: Classify, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Classes that the images of a split get, and their labels."""
+  def outputs(classify: Classify, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Logits or features of the images of a split, and their labels."""
     found, labels = [], []
     for batch in batches_lib.eval_batches(
       experiment.dataset.split(split), experiment.settings.data.eval_batch_size
     ):
       images = int(batch['weight'].sum())
-      found.append(np.argmax(classify(batch['image']), -1)[:images])
+      found.append(np.asarray(classify(batch['image']))[:images])
       labels.append(batch['label'][:images])
     return np.concatenate(found), np.concatenate(labels)
 
-  def count(found: np.ndarray, labels: np.ndarray) -> card.Count:
-    return card.Count(int((found == labels).sum()), len(labels))
-
-  found = {split: classes(classify, split) for split in ('heldout', 'test')}
-  cost = None
-  if rounded is not None:
-    changed, labels = classes(rounded, 'test')
-    cost = card.Int8(
-      count(changed, labels), int((changed != found['test'][0]).sum())
+  def count(logits_BC: np.ndarray, labels_B: np.ndarray) -> card.Count:
+    return card.Count(
+      int((logits_BC.argmax(1) == labels_B).sum()), len(labels_B)
     )
+
+  accuracy, cost = {}, None
+  if experiment.geometry.num_classes:
+    for split in ('heldout', 'test'):
+      accuracy[split] = count(*outputs(classify, split))
+  if rounded is not None:
+    full_BC, labels_B = outputs(classify, 'test')
+    found_BC, _ = outputs(rounded, 'test')
+    if experiment.geometry.num_classes:
+      changed_B = found_BC.argmax(1) != full_BC.argmax(1)
+      cost = card.Int8(count(found_BC, labels_B), int(changed_B.sum()))
+    else:
+      norms_B = np.linalg.norm(full_BC, axis=1) * np.linalg.norm(
+        found_BC, axis=1
+      )
+      cost = float(np.mean((full_BC * found_BC).sum(1) / norms_B))
   tables = experiment.tables.values()
   return card.Exported(
     directory=directory,
     architecture=experiment.space.describe(arch),
     costs={table.label: table.of(arch) for table in tables},
-    accuracy={split: count(*pair) for split, pair in found.items()},
+    accuracy=accuracy,
     int8=cost,
   )
 
