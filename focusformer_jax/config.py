@@ -813,6 +813,11 @@ class Debug(schema.Section):
   nans: bool = key(
     False, 'Stop at the first operation that yields a NaN; slow.'
   )
+  trace: bool = key(
+    False,
+    "Write a profiler's trace of the steps 11 to 20 of a training run to "
+    '`<workdir>/trace`, or `<workdir>/retrain/trace`.',
+  )
 
 
 @dataclasses.dataclass(frozen=True)

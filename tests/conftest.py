@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, a compilation cache, and shared tiny things."""
 
 import functools
+import itertools
 import operator
 import os
 import pathlib
@@ -30,6 +31,7 @@ typecheck.install()
 
 from configs import digits
 from focusformer_jax import config as config_lib
+from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.sampler import cost_bins
 from focusformer_jax.spaces import cost
@@ -147,3 +149,22 @@ def on_one_device(monkeypatch):
   """The command takes all devices, and programs for eight compile slowly."""
   devices = jax.devices()[:1]
   monkeypatch.setattr(jax, 'devices', lambda: devices)
+
+
+@pytest.fixture
+def on_taking_batch(monkeypatch):
+  """Has the training loop's thread call a function when it takes a batch.
+
+  The function is called with the number of batches taken from all streams
+  together, while further ones are on the devices already.
+  """
+  take, count = batches_lib.Batches.__next__, itertools.count(1)
+
+  def replace(function):
+    def call_and_take(batches):
+      function(next(count))
+      return take(batches)
+
+    monkeypatch.setattr(batches_lib.Batches, '__next__', call_and_take)
+
+  return replace

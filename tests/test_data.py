@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import queue
 import subprocess
 import sys
+import threading
 import zlib
 
 import cv2
@@ -219,10 +221,11 @@ def test_heldout_images_are_seen_as_in_evaluation(
   )
   streams = train.open_streams(run)
   wanted = images_of(batches_lib.eval_batches(dataset.split('heldout'), 4))
-  assert images_of([next(streams['heldout'])]) == wanted
+  assert images_of([jax.device_get(next(streams['heldout']))]) == wanted
   # Training images are cropped at random, where they are encoded.
   seen = images_of(batches_lib.eval_batches(dataset.split('train'), 4))
-  uncropped = set(images_of([next(streams['train'])])) <= set(seen)
+  train_batch = jax.device_get(next(streams['train']))
+  uncropped = set(images_of([train_batch])) <= set(seen)
   assert uncropped == (kind == 'digits')
 
 
@@ -391,6 +394,36 @@ def test_position_resumes_batches():
   resumed = batches_lib.train_batches(numbered(30), 8, seed=0)
   resumed.position = position
   assert np.array_equal([next(resumed)['label'] for _ in range(4)], wanted)
+
+
+def test_position_counts_batches_taken_not_those_put_ahead():
+  put = queue.Queue()
+
+  def on_devices(batch):
+    put.put(threading.current_thread())
+    return batch | {'put': True}
+
+  batches = batches_lib.train_batches(numbered(30), 8, 0, put=on_devices)
+  first = next(batches)
+  threads = [put.get(timeout=60) for _ in range(2)]
+  assert first['put']
+  assert threading.current_thread() not in threads
+  assert batches.position == 1
+  resumed = batches_lib.train_batches(numbered(30), 8, seed=0)
+  resumed.position = batches.position
+  assert np.array_equal(next(batches)['label'], next(resumed)['label'])
+  batches.close()
+  assert not any(thread.is_alive() for thread in threads)
+
+
+def test_error_of_the_thread_that_puts_batches_reaches_the_loop():
+  def on_devices(batch):
+    raise errors.UserError('config.data: wanted an image, found none')
+
+  batches = batches_lib.train_batches(numbered(30), 8, 0, put=on_devices)
+  with pytest.raises(errors.UserError, match=r'^config.data: wanted an image'):
+    next(batches)
+  batches.close()
 
 
 def test_processes_read_consecutive_parts_of_a_batch():

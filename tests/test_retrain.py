@@ -12,7 +12,6 @@ import pytest
 from configs import digits
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
-from focusformer_jax import sharding
 from focusformer_jax import stages
 from focusformer_jax.deploy import retrain
 from focusformer_jax.models import layers
@@ -180,7 +179,7 @@ def results(workdir) -> dict:
 
 
 def test_retraining_resumes_bit_for_bit(
-  tfds_dir, network, tmp_path, monkeypatch, capsys
+  tfds_dir, network, tmp_path, capsys, on_taking_batch
 ):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   for workdir in (whole, killed):
@@ -189,18 +188,13 @@ def test_retraining_resumes_bit_for_bit(
   stages.run(settings, whole, 'retrain')
   assert 'before' in capsys.readouterr().out
 
-  put_batch, batches = sharding.put_batch, []
-
-  def killed_at_step_four(mesh, batch):
-    batches.append(batch)
-    if len(batches) == 4:
+  def kill_at_step_four(taken):
+    if taken == 4:
       raise KeyboardInterrupt
-    return put_batch(mesh, batch)
 
-  monkeypatch.setattr(sharding, 'put_batch', killed_at_step_four)
+  on_taking_batch(kill_at_step_four)
   with pytest.raises(KeyboardInterrupt):
     stages.run(settings, killed, 'retrain')
-  monkeypatch.setattr(sharding, 'put_batch', put_batch)
   stages.run(settings, killed, 'retrain')
 
   assert results(killed) == results(whole)

@@ -38,19 +38,15 @@ def assert_equal(one, other):
 
 
 def test_training_resumes_bit_for_bit(
-  experiment, evaluator, tmp_path, monkeypatch
+  experiment, evaluator, tmp_path, monkeypatch, on_taking_batch
 ):
   undisturbed = train.train(experiment, evaluator, tmp_path / 'whole')
 
-  put_batch, batches = sharding.put_batch, []
-
-  def killed_at_step_six(mesh, batch):
-    batches.append(batch)
-    if len(batches) == 7:  # Warm-up is 2 steps; later ones take two batches.
+  def kill_at_step_six(taken):
+    if taken == 7:  # Warm-up is 2 steps; later ones take two batches.
       raise KeyboardInterrupt
-    return put_batch(mesh, batch)
 
-  monkeypatch.setattr(sharding, 'put_batch', killed_at_step_six)
+  on_taking_batch(kill_at_step_six)
   with pytest.raises(KeyboardInterrupt):
     train.train(experiment, evaluator, tmp_path / 'killed')
   monkeypatch.undo()
@@ -309,18 +305,14 @@ def test_training_stops_after_updates_that_are_not_finite(
 
 
 def test_sigterm_finishes_the_step_and_saves(
-  experiment, evaluator, trained, tmp_path, monkeypatch
+  experiment, evaluator, trained, tmp_path, monkeypatch, on_taking_batch
 ):
-  put_batch, batches = sharding.put_batch, []
-
-  def signalled_in_step_five(mesh, batch):
-    batches.append(batch)
-    if len(batches) == 6:
+  def signal_in_step_five(taken):
+    if taken == 6:
       os.kill(os.getpid(), signal.SIGTERM)
-    return put_batch(mesh, batch)
 
   before = signal.getsignal(signal.SIGTERM)
-  monkeypatch.setattr(sharding, 'put_batch', signalled_in_step_five)
+  on_taking_batch(signal_in_step_five)
   with pytest.raises(loop.Preempted, match='at step 5; saved'):
     train.train(experiment, evaluator, tmp_path)
   monkeypatch.undo()
@@ -373,6 +365,46 @@ def test_loss_spike_is_logged(monkeypatch):
   assert not lines
   loop._warn_of_spike(10, losses, usual=0.5)
   assert [line[1:] for line in lines] == [(9, 3.0, 0.5)]
+
+
+def test_debug_trace_records_ten_steps_after_ten(tmp_path, monkeypatch):
+  events = []
+  start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+  monkeypatch.setattr(
+    jax.profiler, 'start_trace', lambda at: (events.append('start'), start(at))
+  )
+  monkeypatch.setattr(
+    jax.profiler, 'stop_trace', lambda: (events.append('stop'), stop())
+  )
+  with loop._tracing(tmp_path, start=5, total=40) as trace:
+    for step in range(6, 41):
+      trace(step, jnp.int32(step))
+      events.append(step)
+  at = {name: events.index(name) for name in ('start', 'stop')}
+  traced = events[at['start'] + 1 : at['stop']]
+  assert traced == list(range(16, 26))
+  assert len(list(tmp_path.rglob('*.xplane.pb'))) == 1
+
+
+@pytest.mark.parametrize('total, wanted', [(10, []), (12, ['start', 'stop'])])
+def test_debug_trace_ends_with_the_run(tmp_path, monkeypatch, total, wanted):
+  events = []
+  for name in ('start', 'stop'):
+    monkeypatch.setattr(
+      jax.profiler, f'{name}_trace', lambda *_, name=name: events.append(name)
+    )
+  with loop._tracing(tmp_path, start=0, total=total) as trace:
+    for step in range(1, total + 1):
+      trace(step, None)
+  assert events == wanted
+
+
+def test_debug_trace_refuses_a_bucket():
+  with (
+    pytest.raises(errors.UserError, match=r'--workdir on a local disk'),
+    loop._tracing(epath.Path('gs://bucket/trace'), 0, 40),
+  ):
+    pass
 
 
 def test_debug_nans_names_the_operation(tfds_dir, tmp_path, monkeypatch):

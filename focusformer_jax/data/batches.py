@@ -3,29 +3,44 @@
 Letters: `B` batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import os
+from typing import Any
 
-import grain
+from etils import epy
 from jaxtyping import Int
 import numpy as np
 
 from focusformer_jax import errors
 from focusformer_jax.data import datasets
 
+with epy.lazy_imports():
+  import grain
+
+Put = Callable[[datasets.Batch], dict[str, Any]]
+
 # Processes that `workers=-1` takes at most: each has its own interpreter.
 MAX_WORKERS = 32
 
 
-class Batches(Iterator[datasets.Batch]):
+class Batches(Iterator[dict[str, Any]]):
   """Endless batches from any position.
 
-  `position` is the number of batches taken. It can be set, and means the same
-  for any number of processes and workers.
+  `position` is the number of batches taken, not of those that were read ahead.
+  It can be set, and means the same for any number of processes and workers.
+
+  Args:
+    batches: The batches, on the host.
+    workers: Processes that read them; 0 for threads of this process.
+    put: Puts a batch on the devices. A thread of its own does so, one batch
+      ahead. None leaves batches on the host.
   """
 
-  def __init__(self, batches: grain.MapDataset, workers: int):
-    self._batches, self._workers = batches, workers
+  def __init__(
+    self, batches: 'grain.MapDataset', workers: int, put: Put | None = None
+  ):
+    self._batches, self._workers, self._put = batches, workers, put
+    self._ahead: Any = None
     self.position = 0
 
   @property
@@ -34,13 +49,24 @@ class Batches(Iterator[datasets.Batch]):
 
   @position.setter
   def position(self, position: int):
+    self.close()
     self._position = position
-    self._ahead = iter(_read_ahead(self._batches[position:], self._workers))
+    ahead = _read_ahead(self._batches[position:], self._workers)
+    if self._put is not None:
+      ahead = grain.experimental.ThreadPrefetchIterDataset(
+        ahead.map(self._put), prefetch_buffer_size=1
+      )
+    self._ahead = iter(ahead)
 
-  def __next__(self) -> datasets.Batch:
+  def __next__(self) -> dict[str, Any]:
     batch = next(self._ahead)
     self._position += 1
     return batch
+
+  def close(self) -> None:
+    """Stops all threads and processes; only setting `position` may follow."""
+    if self._ahead is not None:
+      self._ahead.close()
 
 
 def train_batches(
@@ -53,6 +79,7 @@ def train_batches(
   random_crops: bool = True,
   repeats: int = 1,
   workers: int = 0,
+  put: Put | None = None,
   key: str = 'config.data.batch_size',
 ) -> Batches:
   """Endless batches in a new order each epoch.
@@ -72,6 +99,7 @@ def train_batches(
       1901.09335); copies are as far apart as possible.
     workers: Processes that read and decode; 0 for threads of this process, -1
       for `automatic_workers`.
+    put: Puts this process's part of a batch on the devices; see `Batches`.
     key: Config key of the batch size, for the error message.
 
   Raises:
@@ -96,7 +124,7 @@ def train_batches(
   batches = order.batch(distinct, drop_remainder=True).map_with_index(read)
   if workers < 0:
     workers = automatic_workers(source, os.cpu_count() or 1)
-  return Batches(batches, workers)
+  return Batches(batches, workers, put)
 
 
 def automatic_workers(source: datasets.Source, cores: int) -> int:
@@ -110,7 +138,9 @@ def automatic_workers(source: datasets.Source, cores: int) -> int:
   return min(cores // 2, MAX_WORKERS) if encoded and cores > 8 else 0
 
 
-def _read_ahead(batches: grain.MapDataset, workers: int) -> grain.IterDataset:
+def _read_ahead(
+  batches: 'grain.MapDataset', workers: int
+) -> 'grain.IterDataset':
   cores = os.cpu_count() or 1
   threads = grain.ReadOptions(
     num_threads=1 if workers else max(2, min(16, cores)), prefetch_buffer_size=8

@@ -287,8 +287,7 @@ def _train(
   compiled = loop.compile_step(experiment, retrain_step, state, batch)
 
   def update(step, state):
-    batch = sharding.put_batch(experiment.mesh, next(streams['train']))
-    return compiled(state, batch)
+    return compiled(state, next(streams['train']))
 
   def look(state):
     score = evaluator.score_network(state.scored, heldout)
@@ -307,6 +306,7 @@ def _train(
     checkpoints,
     streams,
     folder / 'metrics',
+    trace=folder / train.TRACE if settings.debug.trace else None,
     title='retraining',
     shown={
       'train/loss': 'loss {:.3f}',

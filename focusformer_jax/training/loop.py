@@ -29,6 +29,9 @@ State = TypeVar('State')
 # few enough that progress shows finished steps, not requested ones.
 STEPS_AHEAD = 2
 
+# Steps of a run before those that `config.debug.trace` records, and how many.
+STEPS_BEFORE_TRACE, STEPS_TRACED = 10, 10
+
 # A warning names a loss that is this many times the mean of the last line.
 SPIKE = 4.0
 
@@ -46,6 +49,7 @@ def loop(
   streams: Mapping[str, batches_lib.Batches],
   directory: epath.Path,
   *,
+  trace: epath.Path | None = None,
   title: str = 'training',
   shown: Mapping[str, str],
   optimizer: str = 'config.optimizer',
@@ -58,8 +62,9 @@ def loop(
     update: Gives the next state and its metrics, for a step and a state.
     look: Scores a state, every `eval_every` steps and at the end.
     checkpoints: Where states are saved, with the positions of `streams`.
-    streams: The batches that `update` reads.
+    streams: The batches that `update` reads; closed at the end.
     directory: Where all metrics go.
+    trace: Where a profiler's trace of some steps goes; None for no trace.
     title: Name of this training, for people.
     shown: Metrics that a person sees as it goes, with a format for each.
     optimizer: Config section to change where updates are not finite.
@@ -73,14 +78,18 @@ def loop(
   checkpoint.wait_for_all(f'ready for {directory}')
   with (
     _preemption() as preempted,
+    _closing(streams),
     _writing(directory, start) as write,
+    _tracing(trace, start, total) as traced,
     progress.Progress(title, total, 'steps', start=start, delay=0) as show,
   ):
     # Of several processes, a signal that came before any step asks for step 1.
     if preempted(1) or preempted(start):
       raise Preempted(f'stopped by SIGTERM before step {start + 1}')
     for step in range(start + 1, total + 1):
-      state, measured = update(step, state)
+      traced(step, state)
+      with jax.profiler.StepTraceAnnotation(title, step_num=step):
+        state, measured = update(step, state)
       stop = preempted(step) and step < total
       last = stop or step == total
 
@@ -118,6 +127,72 @@ def loop(
       ]
       show(step, ', '.join(figures), line=line)
   return state
+
+
+@contextlib.contextmanager
+def _closing(streams: Mapping[str, batches_lib.Batches]) -> Iterator[None]:
+  """Stops what reads ahead at the end, also after an interruption."""
+  try:
+    yield
+  finally:
+    for stream in streams.values():
+      stream.close()
+
+
+@contextlib.contextmanager
+def _tracing(
+  directory: epath.Path | None, start: int, total: int
+) -> Iterator[Callable[[int, Any], None]]:
+  """Gives a function that traces some steps; call it before each step.
+
+  Args:
+    directory: Where the trace goes; None for no trace.
+    start: Steps that were done before this run.
+    total: The last step.
+
+  Raises:
+    UserError: The directory is in a bucket, where JAX cannot write traces.
+  """
+  first = start + STEPS_BEFORE_TRACE + 1
+  last = min(first + STEPS_TRACED - 1, total)
+  running = False
+
+  def stop() -> None:
+    nonlocal running
+    running = False
+    jax.profiler.stop_trace()
+    logging.info('wrote a trace of steps to %s', directory)
+
+  def trace(step: int, state: Any) -> None:
+    nonlocal running
+    if step == first:
+      # The devices have done all that came before.
+      jax.block_until_ready(state)
+      jax.profiler.start_trace(directory)
+      running = True
+    elif step == last + 1:
+      jax.block_until_ready(state)
+      stop()
+
+  if directory is None:
+    yield lambda step, state: None
+    return
+  if '://' in str(directory):
+    raise errors.UserError(
+      'config.debug.trace: wanted a --workdir on a local disk, found '
+      f'{directory.parent}'
+    )
+  if first > total:
+    logging.warning(
+      'config.debug.trace: wanted more than %d further steps, found %d',
+      STEPS_BEFORE_TRACE,
+      total - start,
+    )
+  try:
+    yield trace
+  finally:
+    if running:
+      stop()
 
 
 @contextlib.contextmanager

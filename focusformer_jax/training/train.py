@@ -24,6 +24,7 @@ from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import steps
 
 CHECKPOINTS = 'checkpoints'
+TRACE = 'trace'
 
 # A sampler is certain of its answer below this entropy, in nats. It is no fault
 # in the last tenth of training, nor where there are few subnets to choose from.
@@ -73,7 +74,7 @@ def is_finished(
 def train_stream(
   experiment: experiment_lib.Experiment, seed: int
 ) -> batches_lib.Batches:
-  """Training batches without end, as `config.data` describes them.
+  """Training batches without end, on the devices.
 
   Args:
     experiment: The fixed parts of the run.
@@ -88,13 +89,21 @@ def train_stream(
     jax.process_count(),
     repeats=settings.data.repeats,
     workers=settings.data.workers,
+    put=_put_on(experiment.mesh),
   )
+
+
+def _put_on(mesh: jax.sharding.Mesh) -> batches_lib.Put:
+  return lambda batch: sharding.put_batch(mesh, batch)
 
 
 def open_streams(
   experiment: experiment_lib.Experiment,
 ) -> dict[str, batches_lib.Batches]:
-  """Training batches for the supernet, held-out batches for the sampler."""
+  """Training batches for the supernet, held-out batches for the sampler.
+
+  Both are endless, and on the devices.
+  """
   settings = experiment.settings
   return {
     'train': train_stream(experiment, settings.seed),
@@ -106,6 +115,7 @@ def open_streams(
       jax.process_count(),
       # Rewards are of what evaluation sees.
       random_crops=False,
+      put=_put_on(experiment.mesh),
       key='config.sampler.batch_size',
     ),
   }
@@ -170,16 +180,13 @@ def train(
         experiment, steps.sampler_step, state, heldout_batch
       )
 
-    def next_batch(name):
-      return sharding.put_batch(experiment.mesh, next(streams[name]))
-
     def update(step, state):
-      batch = next_batch(source)
+      batch = next(streams[source])
       if scores:
-        batch['heldout'] = next_batch('heldout')
+        batch['heldout'] = next(streams['heldout'])
       state, metrics = train_step(state, batch)
       if step > warmup and step % settings.sampler.every == 0:
-        state, sampled = sampler_step(state, next_batch('heldout'))
+        state, sampled = sampler_step(state, next(streams['heldout']))
         metrics |= sampled
       return state, metrics
 
@@ -202,6 +209,7 @@ def train(
       checkpoints,
       streams,
       workdir / 'metrics',
+      trace=workdir / TRACE if settings.debug.trace else None,
       shown={
         'train/loss': 'loss {:.3f}',
         'sampler/reward': 'reward {:.3f}',
