@@ -22,9 +22,9 @@ those of `cost.macs`, without relative position and rematerialization.
 A peer is a program that is started as `COMMAND GEOMETRY SUBNETS`, prints one
 last line `{"smallest": seconds, "middle": seconds, "largest": seconds}` with
 the times of its own train steps, and exits. SUBNETS is JSON: batch, channels,
-classes and, under `subnets`, each subnet as in `SearchSpace.to_json`, with
-`mlp_dim` per layer. Rounds of the peer and of ours alternate; `peer/ours` is
-the median ratio of neighboring rounds, above 1 where ours is faster.
+classes, head_dim and, under `subnets`, each subnet as in `SearchSpace.to_json`,
+with `mlp_dim` per layer. Rounds of the peer and of ours alternate; `peer/ours`
+is the median ratio of neighboring rounds, above 1 where ours is faster.
 """
 
 import argparse
@@ -190,6 +190,7 @@ def peer_seconds(command: str, geometry_name: str) -> dict[str, float]:
     'batch': batch,
     'channels': geometry.channels,
     'classes': geometry.num_classes,
+    'head_dim': SPACE.head_dim,
     'subnets': {name: describe(arch) for name, arch in SUBNETS.items()},
   }
   answer = subprocess.run(

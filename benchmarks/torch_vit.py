@@ -1,14 +1,19 @@
-"""Times train steps of dense vision transformers in PyTorch, for `speed.py`.
+"""Times train steps of dense vision transformers in PyTorch.
 
   pip install -r benchmarks/requirements-torch.txt
-  python benchmarks/torch_vit.py 224/16 SUBNETS
+  python benchmarks/torch_vit.py 224/16 CASE
 
-SUBNETS is the JSON that `speed.py --peer` passes; prints one JSON line. Each
-network has the subnet's size and its own weights, and runs eagerly in float32
-on all cores, with exact GELU, LayerNorm, mean pooling, and AutoFormer's 2-D
-relative position for keys and values (arXiv 2107.00651): a dense (N, N, 64)
-tensor of vectors, gathered from tables of 2m + 2. A step is cross entropy,
-gradients and AdamW.
+CASE is JSON, as `speed.py --peer` and `accelerator.py` pass it: batch,
+channels, classes, head_dim and, under `subnets`, the sizes of each. Prints one
+JSON line: the seconds of a step of each subnet. Each network has the subnet's
+size and its own weights, exact GELU, LayerNorm, mean pooling, and AutoFormer's
+2-D relative position for keys and values (arXiv 2107.00651): a dense
+(N, N, head_dim) tensor of vectors, gathered from tables of 2m + 2. A step is
+cross entropy, gradients and AdamW.
+
+It runs eagerly in float32 on all cores, unless CASE says otherwise: `device` is
+`cpu` or `cuda`, `bf16` computes under autocast with bfloat16, and `compile`
+compiles the network.
 """
 
 import json
@@ -21,13 +26,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-HEAD_DIM, MAX_DISTANCE, STEPS = 64, 14, 3
+MAX_DISTANCE = 14
+# Measurements of a figure, after one that is not counted, and the steps of each
+# measurement: a GPU runs them without waiting for the host.
+MEASUREMENTS, STEPS = 3, {'cpu': 1, 'cuda': 10}
 
 
 class RelativePosition(nn.Module):
-  def __init__(self, grid):
+  def __init__(self, head_dim, grid):
     super().__init__()
-    shape = 2 * MAX_DISTANCE + 2, HEAD_DIM
+    shape = 2 * MAX_DISTANCE + 2, head_dim
     self.vertical = nn.Parameter(0.02 * torch.randn(shape))
     self.horizontal = nn.Parameter(0.02 * torch.randn(shape))
     place = torch.arange(grid * grid)
@@ -42,16 +50,17 @@ class RelativePosition(nn.Module):
 
 
 class Attention(nn.Module):
-  def __init__(self, width, heads, grid):
+  def __init__(self, width, heads, head_dim, grid):
     super().__init__()
-    self.heads = heads
-    self.qkv = nn.Linear(width, 3 * heads * HEAD_DIM)
-    self.keys, self.values = RelativePosition(grid), RelativePosition(grid)
-    self.out = nn.Linear(heads * HEAD_DIM, width)
+    self.heads, self.head_dim = heads, head_dim
+    self.qkv = nn.Linear(width, 3 * heads * head_dim)
+    self.keys = RelativePosition(head_dim, grid)
+    self.values = RelativePosition(head_dim, grid)
+    self.out = nn.Linear(heads * head_dim, width)
 
   def forward(self, x):
     b, n, _ = x.shape
-    h, k = self.heads, HEAD_DIM
+    h, k = self.heads, self.head_dim
     query, key, value = (
       self.qkv(x).reshape(b, n, 3, h, k).permute(2, 0, 3, 1, 4)
     )
@@ -67,10 +76,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  def __init__(self, width, heads, mlp_dim, grid):
+  def __init__(self, width, heads, head_dim, mlp_dim, grid):
     super().__init__()
     self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-    self.attention = Attention(width, heads, grid)
+    self.attention = Attention(width, heads, head_dim, grid)
     self.mlp = nn.Sequential(
       nn.Linear(width, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, width)
     )
@@ -89,7 +98,7 @@ class VisionTransformer(nn.Module):
     self.position = nn.Parameter(0.02 * torch.randn(1, grid**2 + 1, width))
     self.blocks = nn.Sequential(
       *(
-        Block(width, heads, mlp_dim, grid)
+        Block(width, heads, case['head_dim'], mlp_dim, grid)
         for heads, mlp_dim in zip(subnet['num_heads'], subnet['mlp_dim'])
       )
     )
@@ -103,19 +112,37 @@ class VisionTransformer(nn.Module):
 
 
 def train_seconds(size, patch, case, subnet):
-  """Median seconds of a few steps, after one that is not counted."""
-  model = VisionTransformer(size // patch, patch, case, subnet)
-  optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.05)
-  images = torch.randn(case['batch'], case['channels'], size, size)
-  labels = torch.arange(case['batch']) % case['classes']
-  seconds = []
-  for _ in range(1 + STEPS):
-    start = time.perf_counter()
+  """Median seconds of a step."""
+  device = torch.device(case.get('device', 'cpu'))
+  model = VisionTransformer(size // patch, patch, case, subnet).to(device)
+  optimizer = torch.optim.AdamW(
+    model.parameters(), 1e-4, weight_decay=0.05, fused=device.type == 'cuda'
+  )
+  if case.get('compile', False):
+    torch.compiler.reset()  # Sizes of the network before do not matter.
+    model = torch.compile(model, dynamic=False)
+  shape = case['batch'], case['channels'], size, size
+  images = torch.randn(shape, device=device)
+  labels = torch.arange(case['batch'], device=device) % case['classes']
+
+  def step():
     optimizer.zero_grad()
-    functional.cross_entropy(model(images), labels).backward()
+    with torch.autocast(
+      device.type, torch.bfloat16, enabled=case.get('bf16', False)
+    ):
+      loss = functional.cross_entropy(model(images), labels)
+    loss.backward()
     optimizer.step()
-    seconds.append(time.perf_counter() - start)
-  return statistics.median(seconds[1:])
+
+  def measure():
+    start = time.perf_counter()
+    for _ in range(STEPS[device.type]):
+      step()
+    if device.type == 'cuda':
+      torch.cuda.synchronize()
+    return (time.perf_counter() - start) / STEPS[device.type]
+
+  return statistics.median([measure() for _ in range(1 + MEASUREMENTS)][1:])
 
 
 def main(geometry, case):

@@ -67,6 +67,21 @@ class Data(schema.Section):
     'cores, and threads otherwise.',
     at_least=-1,
   )
+  cache: str | None = key(
+    None,
+    'Directory on a local disk for decoded training images, which are written '
+    'once and then cropped in place of being decoded in every epoch; None for '
+    'no cache. At 3 bytes per pixel, the 1.15 million training images of '
+    'ImageNet take 300 GB with `cache_side=256` and 76 GB with 128. They take '
+    'no memory of the process, but the operating system keeps in its own what '
+    'fits there, and reads the rest from the disk in every epoch.',
+  )
+  cache_side: int = key(
+    256,
+    'Shorter side of the images in `cache`, in pixels. Larger images are '
+    'shrunk to it, so small crops of them lose detail.',
+    at_least=1,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

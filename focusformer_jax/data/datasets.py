@@ -11,6 +11,8 @@ import dataclasses
 import fractions
 import functools
 import importlib.util
+import json
+import pathlib
 import re
 import socket
 from typing import Any, Protocol, TypedDict, runtime_checkable
@@ -25,6 +27,7 @@ import numpy as np
 
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
+from focusformer_jax.data import image_cache
 from focusformer_jax.data import image_decoding
 from focusformer_jax.data import sklearn_digits
 
@@ -101,7 +104,8 @@ class Encoded:
   """Encoded images, which are decoded, cropped and resized batch by batch.
 
   Args:
-    examples: Bytes of a file under 'image' and a number under 'label'.
+    examples: Bytes of a file, or pixels from a cache, under 'image', and a
+      number under 'label'.
     indices: Which of `examples` belong to this source, in order.
     image_size: Height and width of the images in a batch.
     channels: 1 or 3.
@@ -123,6 +127,9 @@ class Encoded:
   def part(self, start: int, stop: int) -> 'Encoded':
     return dataclasses.replace(self, indices=self.indices[start:stop])
 
+  def example(self, i: int) -> dict[str, Any]:
+    return self.examples[int(self.indices[i])]
+
   def batch(
     self,
     indices_B: Int[np.ndarray, 'B'],
@@ -136,7 +143,7 @@ class Encoded:
     labels = np.zeros(len(indices_B), np.int32)
     for i, index in enumerate(indices_B):
       if index >= 0:
-        example = self.examples[int(self.indices[index])]
+        example = self.example(int(index))
         rng = (
           None if seed is None else np.random.default_rng([*seed, first + i])
         )
@@ -171,6 +178,8 @@ class Dataset:
     contents: JSON values that tell this data set from a changed one.
     heldout: Share of the train split that is held out.
     test: Name of the split to test on.
+    cache: Directory of the cache of decoded training images, if any.
+    cache_side: Shorter side of the images there, in pixels.
   """
 
   name: str
@@ -183,6 +192,8 @@ class Dataset:
   contents: dict[str, Any]
   heldout: float
   test: str
+  cache: str | None = None
+  cache_side: int = 256
 
   @property
   def num_classes(self) -> int:
@@ -214,7 +225,35 @@ class Dataset:
         f'config.data.heldout: wanted a share that leaves images for {name}, '
         f'found {self.heldout}'
       )
-    return source
+    return self._cached(source) if name == 'train' and self.cache else source
+
+  def _cached(self, source: Source) -> Source:
+    """The training images, decoded; other splits are seen as they are stored.
+
+    Raises:
+      UserError: They are in memory anyway, or the cache cannot be written.
+    """
+    if not isinstance(source, Encoded):
+      raise errors.UserError(
+        f'config.data.cache: wanted None for {self.name}, whose images are '
+        f'kept in memory at this size, found {self.cache!r}'
+      )
+    if '://' in self.cache:
+      raise errors.UserError(
+        f'config.data.cache: wanted a directory on a local disk, found '
+        f'{self.cache!r}'
+      )
+    count = len(source)
+    facts = [self.contents, count, self.cache_side, source.channels]
+    crc32 = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+    images = image_cache.open_cache(
+      pathlib.Path(self.cache) / f'{self.name}-{crc32:08x}',
+      count,
+      source.example,
+      self.cache_side,
+      source.channels,
+    )
+    return dataclasses.replace(source, examples=images, indices=range(count))
 
 
 def open_dataset(
@@ -241,11 +280,15 @@ def open_dataset(
 def prepare(settings: config_lib.Data) -> None:
   """Downloads and prepares a data set of TFDS that is not on disk.
 
+  It also writes the cache of decoded images if one is wanted.
+
   Raises:
     UserError: There is no such data set, or it cannot be prepared.
   """
   if settings.name not in (IMAGE_FOLDER, sklearn_digits.NAME):
     _prepared_builder(settings)
+  if settings.cache:
+    open_dataset(settings).split('train')
 
 
 def _open_digits(
@@ -285,6 +328,8 @@ def _open_digits(
     },
     heldout=settings.heldout,
     test=settings.test,
+    cache=settings.cache,
+    cache_side=settings.cache_side,
   )
 
 
@@ -336,6 +381,8 @@ def _open_tfds(
     },
     heldout=settings.heldout,
     test=settings.test,
+    cache=settings.cache,
+    cache_side=settings.cache_side,
   )
 
 
@@ -421,6 +468,8 @@ def _open_folder(
     },
     heldout=settings.heldout,
     test=settings.test,
+    cache=settings.cache,
+    cache_side=settings.cache_side,
   )
 
 

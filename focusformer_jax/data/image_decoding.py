@@ -125,14 +125,42 @@ def _room(size: int) -> np.ndarray:
   return room
 
 
+def decode_whole(
+  encoded: bytes, channels: int, side: int
+) -> UInt8[np.ndarray, 'height width *channels']:
+  """Decodes a whole image, and shrinks it if it is large.
+
+  Args:
+    encoded: Contents of a file, as `decode_into` takes them.
+    channels: 1 or 3.
+    side: Length to which a longer shorter side is shrunk, in pixels.
+
+  Raises:
+    UserError: The bytes are not an image.
+  """
+  pixels = None
+  try:
+    height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
+    pixels = _decode_jpeg(encoded, channels, height, width, shrink=1)
+  except ValueError:
+    pass
+  if pixels is None:
+    pixels = _decode(encoded, channels)
+  scale = side / min(pixels.shape[:2])
+  if scale >= 1:
+    return pixels.copy()
+  height, width = (round(scale * n) for n in pixels.shape[:2])
+  return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+
+
 def decode_into(
   image: UInt8[np.ndarray, 'size size channels'],
-  encoded: bytes,
+  encoded: bytes | UInt8[np.ndarray, 'height width channels'],
   rng: np.random.Generator | None = None,
   area: tuple[float, float] | None = None,
   center: float = CENTER_SHARE,
 ) -> None:
-  """Decodes a file, crops it and resizes the crop into one image of a batch.
+  """Decodes an image, crops it and resizes the crop into one of a batch.
 
   `deploy/predict_template.py` reads images in the same way. Both take pixels
   as they are stored and ignore EXIF orientation, as TFDS and torchvision do;
@@ -140,7 +168,8 @@ def decode_into(
 
   Args:
     image: Image to fill, contiguous; gray with 1 channel, RGB with 3.
-    encoded: Contents of a file that OpenCV reads, such as JPEG, PNG or WebP.
+    encoded: Contents of a file that OpenCV reads, such as JPEG, PNG or WebP;
+      or its pixels, from a cache.
     rng: Random generator for a random box; None for the center box.
     area: Smallest and largest share of the image's area in a random box; None
       for the center box.
@@ -150,11 +179,13 @@ def decode_into(
     UserError: The bytes are not an image.
   """
   size, _, channels = image.shape
-  pixels = None
-  try:
-    height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
-  except ValueError:  # Not a JPEG, or one that OpenCV alone reads.
-    pixels = _decode(encoded, channels)
+  pixels = encoded if isinstance(encoded, np.ndarray) else None
+  if pixels is None:
+    try:
+      height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
+    except ValueError:  # Not a JPEG, or one that OpenCV alone reads.
+      pixels = _decode(encoded, channels)
+  if pixels is not None:
     height, width = pixels.shape[:2]
   draws = rng is not None and area is not None
   if draws:

@@ -12,15 +12,18 @@ import itertools
 from typing import Any, TypeVar
 
 from etils import epath
+from etils import epy
 from flax import nnx
 import jax
 import numpy as np
-import safetensors.numpy
 
 from focusformer_jax.models import layers
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
 from focusformer_jax.spaces import search_space
+
+with epy.lazy_imports():
+  import safetensors.numpy
 
 StateDict = Mapping[str, np.ndarray]
 Network = TypeVar('Network', supernet_lib.Supernet, vit.VisionTransformer)

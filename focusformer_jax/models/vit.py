@@ -8,12 +8,12 @@ import json
 from typing import Any
 
 from etils import epath
+from etils import epy
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
-import safetensors.numpy
 
 from focusformer_jax import atomic_files
 from focusformer_jax import errors
@@ -22,6 +22,9 @@ from focusformer_jax.models import layers
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import timm
 from focusformer_jax.spaces import search_space
+
+with epy.lazy_imports():
+  import safetensors.numpy
 
 WEIGHTS = 'model.safetensors'
 # The same as `int8.quantize` makes them.

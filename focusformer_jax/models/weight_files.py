@@ -4,10 +4,13 @@ import io
 import re
 
 from etils import epath
+from etils import epy
 import numpy as np
-import safetensors
 
 from focusformer_jax import errors
+
+with epy.lazy_imports():
+  import safetensors
 
 # How types begin in safetensors files, and in NumPy.
 TYPES = {'F': 'float', 'BF': 'bfloat', 'I': 'int', 'U': 'uint'}
