@@ -10,8 +10,11 @@ import time
 from types import TracebackType
 
 from absl import logging
+from etils import epy
 import jax
-import tqdm
+
+with epy.lazy_imports():
+  import tqdm
 
 # Seconds between two plain lines, where nothing else says when to write one.
 SECONDS_BETWEEN_LINES = 10
