@@ -10,6 +10,8 @@ at quality 95. Then prints images per second, for all cores and per core, for
   jpeg_tfdata  the same work in tf.data, autotuned, from memory
   jpeg_limit   decoding of whole images alone, one thread per core: the best of
                simplejpeg, OpenCV, TensorFlow and Pillow
+  cached       crops from the cache of decoded images, which stays in memory,
+               with shorter sides of 256 and 128 pixels
   cifar        32x32 images in memory, shuffled and batched
 
 The paths run in alternation; figures are medians over the rounds. Finally
@@ -19,6 +21,7 @@ the recipes and spaces of configs/cifar100.py and configs/imagenet2012.py.
 
 import argparse
 from concurrent import futures
+import dataclasses
 import functools
 import io
 import json
@@ -48,11 +51,15 @@ from focusformer_jax import sharding
 from focusformer_jax.data import augment
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
+from focusformer_jax.data import image_cache
 from focusformer_jax.data import image_decoding
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import steps
 
 SIZE, BATCH, AREA = 224, 64, (0.08, 1.0)
+CACHE_SIDES = (256, 128)
+# Recipes, and images in a step.
+STEPS_TIMED = ((cifar100, 128), (imagenet2012, 16))
 CORES = os.cpu_count() or 1
 
 
@@ -183,6 +190,9 @@ def main():
   parser.add_argument('--data_dir', help='directory for the JPEGs')
   parser.add_argument('--seconds', type=float, default=5, help='per figure')
   parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument(
+    '--no_augmentation', action='store_true', help='leave its share out'
+  )
   parser.add_argument('--json', type=pathlib.Path, help='write the rows here')
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
@@ -215,6 +225,18 @@ def main():
     ),
     'cifar': lambda s: rate(batches_lib.train_batches(small, 512, 0), s),
   }
+  for side in CACHE_SIDES:
+    images = image_cache.open_cache(
+      pathlib.Path(builder.data_path) / f'cached-{side}',
+      len(jpegs),
+      jpegs.example,
+      side,
+      3,
+    )
+    cached = dataclasses.replace(jpegs, examples=images)
+    paths[f'cached, {side}'] = lambda s, cached=cached: rate(
+      batches_lib.train_batches(cached, BATCH, 0), s
+    )
   paths |= {d.__name__: functools.partial(limit, encoded, d) for d in DECODERS}
   paths |= {
     f'jpeg, {n} workers': lambda s, n=n: rate(
@@ -234,10 +256,16 @@ def main():
     share = images / medians['jpeg_limit']
     print(
       f'{name:16} {images:8.0f}  {images / CORES:6.0f}',
-      f'{share:10.2f}' if name.startswith('jpeg') else '',
+      f'{share:10.2f}' if name.startswith(('jpeg', 'cached')) else '',
     )
+  side_by_side = statistics.median(
+    ours / theirs
+    for ours, theirs in zip(found['jpeg'], found['jpeg_tfdata'], strict=True)
+  )
+  print(f'jpeg / jpeg_tfdata, neighboring rounds: {side_by_side:.2f}')
   shares = {}
-  for module, images in ((cifar100, 128), (imagenet2012, 16)):
+  steps_timed = () if args.no_augmentation else STEPS_TIMED
+  for module, images in steps_timed:
     alone, whole = augmentation(module.get_config(), images, args.rounds)
     name = module.__name__.removeprefix('configs.')
     shares[name] = alone / whole
@@ -250,7 +278,11 @@ def main():
       {'path': name, 'images_per_second': images}
       for name, images in medians.items()
     ]
-    result = {'rows': rows, 'augmentation_share_of_step': shares}
+    result = {
+      'rows': rows,
+      'jpeg_of_tfdata': side_by_side,
+      'augmentation_share_of_step': shares,
+    }
     args.json.write_text(json.dumps(result, indent=2) + '\n')
 
 
