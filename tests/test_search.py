@@ -219,7 +219,7 @@ def scored(evaluator, monkeypatch):
   # Nothing takes time but scoring: a second for each architecture.
   monkeypatch.setattr(time, 'monotonic', lambda: float(len(log['pairs'])))
 
-  def spy(supernet, archs, source):
+  def spy(supernet, archs, source, teacher):
     if log['calls'] == log['kill']:
       raise Killed
     log['calls'] += 1
@@ -227,7 +227,7 @@ def scored(evaluator, monkeypatch):
       (len(source), json.dumps(evaluator._experiment.space.to_json(arch)))
       for arch in archs
     ]
-    return score(supernet, archs, source)
+    return score(supernet, archs, source, teacher)
 
   monkeypatch.setattr(evaluator, 'score', spy)
   return log
