@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from focusformer_jax import config as config_lib
 from focusformer_jax.spaces import search_space
 from tests.conftest import TINY
 
@@ -177,6 +178,13 @@ def test_space_around_a_network_has_shares_of_its_sizes():
     mlp_ratio=(1.0, 2.0, 3.0, 4.0),
   )
   assert space.to_json(space.largest()) == vit_s.to_json(vit_s.largest())
+  assert space == search_space.around(
+    vit_s,
+    **{
+      name: getattr(config_lib.Pretrained(), name)
+      for name in ('widths', 'depths', 'heads', 'ratios')
+    },
+  )
   # 0.5 * 2 is 1; 0.75 * 2 rounds to 2.
   assert search_space.around(TINY, heads=(0.5, 0.75, 1)).num_heads == (1, 2)
 
