@@ -1,23 +1,32 @@
-"""Compiles the steps for TPUs that are not there, and says what they need.
+"""Compiles the steps for TPUs that are not there and estimates their cost.
 
   pip install -r benchmarks/requirements-tpu.txt
   python benchmarks/tpu_compile.py --space tiny --topology v5e:2x4
 
 The TPU compiler runs on any x86-64 Linux. It gets the functions of
-`focusformer_jax/steps.py` with the shapes and shardings of a real run at
-224x224 in bfloat16, and tells the memory that a chip will need. A program that
-needs more than the chip has does not compile; its row says so. Without flags:
-the supernet step of three spaces for three topologies, with and without fsdp,
-three quarters of an hour on two cores.
+`focusformer_jax/training/steps.py` with the shapes and shardings of a real run
+in bfloat16: configs/imagenet2012.py for `tiny`, `small` and `base`, and
+configs/cifar100.py for `pixels32`. A program that needs more memory than the
+chip has does not compile; its row says so. Without flags: the supernet step of
+three spaces for four topologies, with and without fsdp, several hours of one
+core.
 
-Prints a Markdown table, a row for every program. Memory is in GiB of one chip:
-what the step works with, what it is given (state and batch; the new state
-takes the place of the old), and all of it beside what the compiler may use.
-Collectives stand with their number and the bytes that one chip puts in or gets
-out of them; those in loops, as over layers, with the bytes of one turn. `kept`
-is whether the new state is sharded as the old, as the next step expects.
+Prints two Markdown tables with a row for every program. The first is about
+memory, in GiB of one chip: temporaries, arguments (state and batch; the new
+state takes the place of the old) and the total beside what the compiler may
+use. Collectives are given with their number and the bytes that one chip sends
+or receives; those in loops, as over layers, with the bytes of one turn. `kept`
+says whether the new state is sharded like the old one, as the next step
+expects.
 
-Every row is added to the file of --json as soon as it is there, and a row that
+The second is about time: milliseconds of a step by parts, estimated as
+`tpu_estimates.py` says, a lower bound without collectives and input; gathers
+and scatters of more than 10,000 indices; and images per second and chip. A
+switched program has an estimate for the largest subnet and one for the mean of
+the branches of each layer. The sampler's step and the scoring step count an
+image once for each subnet that it is scored with.
+
+Each row is added to the file of --json as soon as it is there, and a row that
 is there is not compiled again. Exits 1 if any program does not compile or fit.
 """
 
@@ -32,7 +41,9 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import time
+from typing import NamedTuple
 
 # JAX computes on the CPU; the compiler must not look for a TPU's metadata.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -45,9 +56,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 from jax.experimental import topologies
 
+from benchmarks import tpu_estimates
+from configs import cifar100
 from configs import imagenet2012
 from focusformer_jax import config as config_lib
 from focusformer_jax import sharding
+from focusformer_jax.data import randaugment
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import experiment as experiment_lib
@@ -57,9 +71,31 @@ GIB, MIB = 2**30, 2**20
 
 PROGRAMS = ('supernet', 'sampler', 'score')
 
-# For each chip the name that makes one device of all its cores, and the GiB
-# that the compiler says it may use where a program asks for more.
-CHIPS = {'v4': ('megacore', 30.75), 'v5e': ('default', 15.75)}
+
+class Chip(NamedTuple):
+  """A kind of TPU.
+
+  Args:
+    config: Name that makes one device of all cores of a chip.
+    gib: Memory that the compiler may use, as it says where a program needs
+      more; for v5p the memory of the chip.
+    hertz: Clock of the cores: the peak in bfloat16 over two operations of each
+      of the 128 x 128 cells of all matrix units.
+  """
+
+  config: str
+  gib: float
+  hertz: float
+
+
+CHIPS = {
+  'v4': Chip('megacore', 30.75, 275e12 / (8 * 2 * 128**2)),
+  'v5e': Chip('default', 15.75, 197e12 / (4 * 2 * 128**2)),
+  'v5p': Chip('megacore', 95.0, 459e12 / (8 * 2 * 128**2)),
+}
+
+# Half of all draws change nothing; the others are alike.
+OP_SHARE = 1 / (2 * (len(randaugment.Op) - 1))
 
 COLLECTIVES = (
   'all-reduce',
@@ -80,22 +116,35 @@ CALLED = re.compile(
 )
 
 
-class ImageNetFacts:
-  """Stands for ImageNet, of which a step needs to know nothing else."""
+class DatasetFacts(NamedTuple):
+  """Stands for a data set, of which a step needs to know nothing else."""
 
-  num_classes = 1000
-  channels = 3
-  encoded = True
+  num_classes: int
+  channels: int
+  encoded: bool
+
+
+IMAGENET = DatasetFacts(1000, 3, encoded=True)
+CIFAR100 = DatasetFacts(100, 3, encoded=False)
+# By space, the images and the recipe.
+JOBS = {
+  'tiny': (IMAGENET, functools.partial(imagenet2012.get_config, 'tiny')),
+  'small': (IMAGENET, functools.partial(imagenet2012.get_config, 'small')),
+  'base': (IMAGENET, functools.partial(imagenet2012.get_config, 'base')),
+  'pixels32': (CIFAR100, cifar100.get_config),
+}
 
 
 def settings(
-  space: str, execution: str, batch_size: int, data: int, fsdp: int
+  case: dict, batch_size: int, data: int, fsdp: int
 ) -> config_lib.Settings:
-  """The run of configs/imagenet2012.py, on other devices."""
-  c = imagenet2012.get_config(space)
+  """The run that the space's config describes, on other devices."""
+  _, config = JOBS[case['space']]
+  c = config()
   c.data.batch_size = batch_size
   c.data.eval_batch_size = batch_size
-  c.supernet.execution = execution
+  c.supernet.execution = case['execution']
+  c.supernet.remat = case['remat']
   c.sampler.batch_size = batch_size
   c.mesh.data = data
   c.mesh.fsdp = fsdp
@@ -188,24 +237,90 @@ def keeps_shardings(compiled: jax.stages.Compiled, state) -> bool:
   )
 
 
-def measure(case: dict) -> dict:
-  """The row of one program; it says so if the program does not compile."""
-  config, limit = CHIPS[case['topology'].partition(':')[0]]
+def estimates(
+  case: dict,
+  experiment: experiment_lib.Experiment,
+  hlo: str,
+  kernels: dict[str, str],
+) -> dict:
+  """The columns of a row that are about time.
+
+  Args:
+    case: What was compiled.
+    experiment: Its experiment.
+    hlo: Text of the compiled module.
+    kernels: Final code by instruction, from `tpu_estimates.read_kernels`.
+  """
+  module = tpu_estimates.Module(hlo)
+  kernel_cycles = {
+    name: tpu_estimates.kernel_cycles(
+      code, OP_SHARE if name.startswith('randaugment') else 1
+    )
+    for name, code in kernels.items()
+  }
+  hertz = CHIPS[case['topology'].partition(':')[0]].hertz
+
+  def milliseconds(branch):
+    parts = tpu_estimates.by_part(module.cycles(kernel_cycles, branch), hertz)
+    return parts | {'total': sum(parts.values())}
+
+  sampler, search = experiment.settings.sampler, experiment.settings.search
+  looks = {
+    'supernet': 1,
+    'sampler': sampler.budgets_per_update * sampler.subnets,
+    'score': search.subnets_per_call,
+  }[case['program']]
+  branch = 'mean' if case['execution'] == 'switched' else 'largest'
+  found = milliseconds(branch)
+  columns = {
+    'large_gathers': module.large_gathers(),
+    'estimated_ms': found,
+    'images_per_second': 1e3 * looks * case['images_per_chip'] / found['total'],
+  }
+  if branch == 'mean':
+    columns['estimated_largest_ms'] = milliseconds('largest')
+  return columns
+
+
+def measure(case: dict, dump: pathlib.Path) -> dict:
+  """The row of one program; it says so if the program does not compile.
+
+  Args:
+    case: What to compile.
+    dump: Folder that the compiler writes final code to.
+  """
+  chip = CHIPS[case['topology'].partition(':')[0]]
+  limit = chip.gib
   devices = topologies.get_topology_desc(
-    platform='tpu', topology_name=case['topology'], chip_config_name=config
+    platform='tpu', topology_name=case['topology'], chip_config_name=chip.config
   ).devices
   data, fsdp = (int(n) for n in case['mesh'].split('x'))
-  batch_size = case['images_per_chip'] * len(devices)
-  experiment = experiment_lib.Experiment(
-    settings(case['space'], case['execution'], batch_size, data, fsdp),
-    ImageNetFacts(),
-    sharding.make_mesh(data, fsdp, devices),
-  )
+  mesh = sharding.make_mesh(data, fsdp, devices)
+
+  def create(case):
+    batch_size = case['images_per_chip'] * len(devices)
+    return experiment_lib.Experiment(
+      settings(case, batch_size, data, fsdp), JOBS[case['space']][0], mesh
+    )
+
+  experiment, remat = create(case), case['remat']
+  if remat == 'auto':  # Devices that are not there have no memory to ask for.
+    remat = supernet_lib.choose_remat(
+      experiment.space,
+      experiment.geometry.num_tokens,
+      experiment.settings.supernet.dtype,
+      case['images_per_chip'],
+      int(chip.gib * GIB),
+    )
+    experiment = create(case | {'remat': remat})
   row = case | {
+    'remat_chosen': remat,
     'libtpu': importlib.metadata.version('libtpu'),
     'limit_gib': limit,
     'fits': False,
   }
+  for path in dump.iterdir():
+    path.unlink()
   wall, cpu = time.monotonic(), time.process_time()
   try:
     compiled = lower(case['program'], experiment).compile()
@@ -230,12 +345,27 @@ def measure(case: dict) -> dict:
   row['fits'] = row['total_gib'] <= limit
   if case['program'] != 'score':
     row['kept'] = keeps_shardings(compiled, experiment.abstract_state)
-  row['collectives'] = collectives(compiled.as_text())
-  return row
+  hlo = compiled.as_text()
+  row['collectives'] = collectives(hlo)
+  kernels = tpu_estimates.read_kernels(dump)
+  return row | estimates(case, experiment, hlo, kernels)
 
 
-def cells(row: dict) -> dict[str, str]:
-  """What the table shows of a row, by column."""
+def identity(row: dict) -> dict[str, str]:
+  """Columns that both tables begin with."""
+  return {
+    'space': row['space'],
+    'topology': row['topology'],
+    'data x fsdp': row['mesh'],
+    'program': row['program'],
+    'execution': row['execution'],
+    'remat': row['remat_chosen'],
+    'images a chip': str(row['images_per_chip']),
+  }
+
+
+def memory_cells(row: dict) -> dict[str, str]:
+  """The table of memory and collectives, by column."""
 
   def gib(name):
     return f'{row[name]:.2f}' if name in row else '?'
@@ -248,13 +378,7 @@ def cells(row: dict) -> dict[str, str]:
     )
     for in_loop in (False, True)
   )
-  return {
-    'space': row['space'],
-    'topology': row['topology'],
-    'data x fsdp': row['mesh'],
-    'program': row['program'],
-    'execution': row['execution'],
-    'images a chip': str(row['images_per_chip']),
+  return identity(row) | {
     'temporaries': gib('temporaries_gib'),
     'arguments': gib('arguments_gib'),
     'total': f'{gib("total_gib")} of {row["limit_gib"]:g}',
@@ -266,14 +390,36 @@ def cells(row: dict) -> dict[str, str]:
   }
 
 
+def time_cells(row: dict) -> dict[str, str]:
+  """The table of estimates, by column."""
+  found = row.get('estimated_ms', {})
+  largest = row.get('estimated_largest_ms', found)
+  names = (*tpu_estimates.PARTS, 'total')
+  return (
+    identity(row)
+    | {name: f'{found[name]:.1f}' if found else '?' for name in names}
+    | {
+      'largest': f'{largest["total"]:.1f}' if found else '?',
+      'large gathers': str(row.get('large_gathers', '?')),
+      'images/s a chip': f'{row.get("images_per_second", math.nan):,.0f}',
+    }
+  )
+
+
+def table(rows: list[dict[str, str]]) -> str:
+  """Rows of cells as a Markdown table."""
+  lines = [rows[0], ['---'] * len(rows[0]), *(row.values() for row in rows)]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
 def flags() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
 
   def several(flag, default, **kwargs):
     parser.add_argument(flag, nargs='+', default=default, **kwargs)
 
-  several('--space', ['tiny', 'small', 'base'])
-  several('--topology', ['v5e:2x4', 'v4:2x2x2', 'v5e:16x16'])
+  several('--space', ['tiny', 'small', 'base'], choices=JOBS)
+  several('--topology', ['v5e:2x4', 'v4:2x2x2', 'v5p:2x2x2', 'v5e:16x16'])
   several(
     '--mesh',
     [1, 4],
@@ -283,6 +429,7 @@ def flags() -> argparse.Namespace:
   )
   several('--program', ['supernet'], choices=PROGRAMS)
   several('--execution', ['masked'], choices=supernet_lib.EXECUTIONS)
+  several('--remat', ['auto'], choices=('auto', *supernet_lib.KEPT))
   several('--images_per_chip', [128], type=int)
   parser.add_argument('--json', type=pathlib.Path, help='file of the rows')
   return parser.parse_args()
@@ -291,12 +438,21 @@ def flags() -> argparse.Namespace:
 def cases(args: argparse.Namespace) -> list[dict]:
   """What to compile, in the order of the table."""
   found = []
-  for topology, fsdp, program, space, execution, images in itertools.product(
+  for (
+    topology,
+    fsdp,
+    program,
+    space,
+    execution,
+    remat,
+    images,
+  ) in itertools.product(
     args.topology,
     args.mesh,
     args.program,
     args.space,
     args.execution,
+    args.remat,
     args.images_per_chip,
   ):
     sides = topology.partition(':')[2].split('x')
@@ -307,6 +463,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
         'mesh': f'{math.prod(map(int, sides)) // fsdp}x{fsdp}',
         'program': program,
         'execution': execution,
+        'remat': remat,
         'images_per_chip': images,
       }
     )
@@ -315,23 +472,27 @@ def cases(args: argparse.Namespace) -> list[dict]:
 
 def main() -> int:
   args = flags()
-  rows = []
+  rows, shown = [], []
   if args.json and args.json.exists():
     rows = json.loads(args.json.read_text())['rows']
-  all_fit = True
-  for i, case in enumerate(cases(args)):
-    row = next((row for row in rows if case.items() <= row.items()), None)
-    if row is None:
-      row = measure(case)
-      rows.append(row)
-      if args.json:
-        args.json.write_text(json.dumps({'rows': rows}, indent=2) + '\n')
-    all_fit = all_fit and row['fits']
-    shown = cells(row)
-    if i == 0:
-      print(f'| {" | ".join(shown)} |\n|{" --- |" * len(shown)}')
-    print(f'| {" | ".join(shown.values())} |', flush=True)
-  return 0 if all_fit else 1
+  with tempfile.TemporaryDirectory() as folder:
+    dump = pathlib.Path(folder)
+    # Read when the compiler is loaded, which is before the first program.
+    os.environ['LIBTPU_INIT_ARGS'] = tpu_estimates.DUMP_OPTIONS.format(
+      folder=dump
+    )
+    for case in cases(args):
+      row = next((row for row in rows if case.items() <= row.items()), None)
+      if row is None:
+        row = measure(case, dump)
+        rows.append(row)
+        if args.json:
+          args.json.write_text(json.dumps({'rows': rows}, indent=2) + '\n')
+      shown.append(row)
+      print(f'compiled {len(shown)}: {case}', file=sys.stderr)
+  for cells in (memory_cells, time_cells):
+    print(table([cells(row) for row in shown]) + '\n')
+  return 0 if all(row['fits'] for row in shown) else 1
 
 
 if __name__ == '__main__':

@@ -56,6 +56,12 @@ def platform(mesh: jax.sharding.Mesh | None) -> str:
   return mesh.devices.flat[0].platform
 
 
+def memory(mesh: jax.sharding.Mesh) -> int | None:
+  """Bytes of memory of one device; None where it does not say, as on CPUs."""
+  stats = mesh.local_devices[0].memory_stats() or {}
+  return stats.get('bytes_limit')
+
+
 def _spec(param, mesh: jax.sharding.Mesh) -> PartitionSpec:
   """The sharding of one parameter by the rule table."""
   axes = getattr(param, 'axes', ())

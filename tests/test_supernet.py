@@ -227,6 +227,25 @@ def test_auto_execution(space, tokens, platform, subnets, wanted):
   assert found == wanted
 
 
+@pytest.mark.parametrize(
+  ('images', 'gibibytes', 'wanted'),
+  [(128, 15.75, 'dots'), (256, 15.75, 'full'), (256, 80, 'dots')],
+)
+def test_auto_rematerialization_keeps_what_half_of_the_memory_holds(
+  images, gibibytes, wanted
+):
+  memory = int(gibibytes * 2**30)
+  found = supernet_lib.choose_remat(
+    search_space.BASE, 197, 'bfloat16', images, memory
+  )
+  assert found == wanted
+
+
+def test_auto_rematerialization_without_known_memory_keeps_nothing():
+  space = search_space.TINY
+  assert supernet_lib.choose_remat(space, 197, 'bfloat16', 1, None) == 'full'
+
+
 @pytest.mark.parametrize('offset', [0.0, 1e4])
 @pytest.mark.parametrize('outlier', [0.0, 1e3])
 def test_layer_norm_in_one_pass_is_precise(offset, outlier):

@@ -228,6 +228,8 @@ def apply_ops(
       ],
     ),
     out_shape=jax.ShapeDtypeStruct(images.shape, images.dtype),
+    # Where a chip has two cores, each takes half of the images.
+    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
     interpret=interpret,
     name='randaugment',
   )(ops_BL, numbers.reshape(B, -1), fill_C, images)

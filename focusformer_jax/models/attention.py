@@ -245,6 +245,8 @@ def _call(kernel, interpret, live_B, images, coordinates_NR, gradients=()):
       jax.ShapeDtypeStruct((B, N, array[0, 0].size), array.dtype)
       for array in results
     ],
+    # Where a chip has two cores, each takes half of the images.
+    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
     interpret=interpret,
     name='attention_backward' if gradients else 'attention',
   )(

@@ -7,7 +7,8 @@ part out of a larger one. Extracted networks are built of the same parts.
 
 Letters: `B` batch, `N` tokens, `D` width, `F` MLP width, `H` heads, `K` head
 dim, `G` patches along one side, `R` features of relative position, `C` classes,
-`T` entries of a distance table, `L` layers.
+`T` entries of a distance table or tokens of all examples, `L` layers, `S`
+parts of a batch that have an architecture each.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +18,9 @@ from typing import Any, TypeVar
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 import numpy as np
 
 from focusformer_jax.models import attention as attention_lib
@@ -27,6 +29,11 @@ from focusformer_jax.spaces import search_space
 Module = TypeVar('Module', bound=nnx.Module)
 # A module, or modules in tuples, lists and dictionaries.
 Modules = TypeVar('Modules')
+
+
+# The name of what rematerialization keeps if it computes only cheap things
+# again: the results of products with weights and those of attention.
+PRODUCTS = 'products'
 
 
 def is_param(node: Any) -> bool:
@@ -110,14 +117,64 @@ def take(module: Modules, sizes: dict[str, int]) -> Modules:
   return jax.tree.map(cut, module, is_leaf=is_param)
 
 
-def prefix_mask(live: Int[Array, '*B'], size: int) -> Float[Array, '*B 1 size']:
+def prefix_mask(live: Int[Array, '*S'], size: int) -> Float[Array, '*S 1 size']:
   """1 for the first `live` entries, 0 beyond, alike for all tokens.
 
   Args:
-    live: may be traced; one number, or one an example.
-    size: of the last axis.
+    live: Number of live entries, or S numbers; may be traced.
+    size: Length of the last axis.
   """
   return (jnp.arange(size) < live[..., None, None]).astype(jnp.float32)
+
+
+def by_example(x_S: Shaped[Array, '*S'], batch: int) -> Shaped[Array, '*B']:
+  """An entry for each example, from S for equal parts of a batch in order.
+
+  A single number stays a single number.
+  """
+  return jnp.repeat(x_S, batch // len(x_S)) if x_S.ndim else x_S
+
+
+def _by_group(
+  x_TF: Float[Array, 'T F'], row: Float[Array, '*S 1 F']
+) -> Float[Array, 'S T/S F']:
+  """Tokens in S equal parts, to combine with one row each, or one for all.
+
+  A view by examples would be copied on a TPU, whose tiles have eight tokens,
+  wherever an example's tokens are no multiple of eight.
+  """
+  return x_TF.reshape(row.shape[0], -1, x_TF.shape[-1])
+
+
+@jax.custom_vjp
+def _add_row(
+  x_STF: Float[Array, 'S T F'], row_S1F: Float[Array, 'S 1 F']
+) -> Float[Array, 'S T F']:
+  """The sum, whose gradient for the row is a product.
+
+  A TPU's matrix unit sums over tokens faster than its vector unit does.
+  """
+  return x_STF + row_S1F
+
+
+def _add_row_forward(x_STF, row_S1F):
+  return x_STF + row_S1F, None
+
+
+def _add_row_backward(_, gradient_STF):
+  # With fewer rows the compiler would make it a sum again.
+  ones = jnp.ones((8, gradient_STF.shape[1]), gradient_STF.dtype)
+  summed_8SF = jnp.einsum(
+    'at,stf->asf',
+    ones,
+    gradient_STF,
+    precision='highest' if ones.dtype == jnp.float32 else None,
+    preferred_element_type=jnp.float32,
+  )
+  return gradient_STF, summed_8SF[0][:, None].astype(gradient_STF.dtype)
+
+
+_add_row.defvjp(_add_row_forward, _add_row_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -205,18 +262,32 @@ def token_coordinates(grid: int, tokens: int) -> Int[np.ndarray, '2 N']:
   return np.concatenate([first, patches], axis=1)
 
 
+# exp(MASKED_LOGIT * K**-0.5) is 0, and bfloat16 has the number.
+MASKED_LOGIT = -(2.0**14)
+
+
 def position_features(grid: int) -> int:
-  """R: a row and a column of each kind, padded for cuDNN's kernels."""
-  return math.ceil(2 * (grid + 1) / 8) * 8
+  """R: a row and a column of each kind and 1, padded for cuDNN's kernels."""
+  return math.ceil((2 * (grid + 1) + 1) / 8) * 8
 
 
-def one_hot_coordinates(grid: int, tokens: int) -> Float[np.ndarray, 'N R']:
-  """Row, then column of every token as one-hot vectors, then zeros."""
+def one_hot_coordinates(
+  grid: int, tokens: int, padding: int = 0
+) -> Float[np.ndarray, 'N R']:
+  """Row, then column of every token as one-hot vectors, then zeros.
+
+  Args:
+    grid: patches along one side.
+    tokens: number of tokens.
+    padding: number of tokens after them that nothing may attend to: their last
+      feature lowers a logit, as the last feature of each query is 1.
+  """
   rows, columns = token_coordinates(grid, tokens)
-  one_hot = np.eye(grid + 1)
-  coordinates = np.concatenate([one_hot[rows], one_hot[columns]], axis=-1)
-  padding = position_features(grid) - coordinates.shape[1]
-  return np.pad(coordinates, ((0, 0), (0, padding)))
+  coordinates = np.zeros((tokens + padding, position_features(grid)))
+  coordinates[np.arange(tokens), rows] = 1
+  coordinates[np.arange(tokens), grid + 1 + columns] = 1
+  coordinates[tokens:, -1] = MASKED_LOGIT
+  return coordinates
 
 
 class Attention(nnx.Module):
@@ -241,6 +312,7 @@ class Attention(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.grid = geometry.grid
+    self.tokens = geometry.num_tokens
     self.max_distance = geometry.max_relative_position
     shape, axes = (embed_dim, num_heads, head_dim), ('embed', 'heads', None)
     self.query = _normal(rngs, std, shape, axes)
@@ -274,14 +346,14 @@ class Attention(nnx.Module):
   def __call__(
     self,
     x_BND: Float[Array, 'B N D'],
-    num_heads: Int[Array, '*B'] | None = None,
+    num_heads: Int[Array, '*S'] | None = None,
     attend: Callable[..., attention_lib.Results] = attention_lib.einsum,
   ) -> Float[Array, 'B N D']:
     """Attends; heads beyond `num_heads` (all live if None) give nothing.
 
     Args:
       x_BND: normalized tokens.
-      num_heads: live heads, of all examples or of each.
+      num_heads: live heads of all examples, or of S equal parts in order.
       attend: one of `attention.IMPLEMENTATIONS`.
     """
     dtype = x_BND.dtype
@@ -291,38 +363,45 @@ class Attention(nnx.Module):
     if num_heads is None:
       bias = bias.reshape(3, H, K)
     else:
-      live_B = jnp.broadcast_to(num_heads, batch)
+      live_B = jnp.broadcast_to(by_example(num_heads, batch), batch)
       if self.max_distance:
-        # Heads may differ by example, and then so do the rows.
+        # Heads may differ by part of the batch, and then so do the rows.
         first = jnp.arange(3)[:, None] * num_heads[..., None, None]
         bias = look_up(bias, first + jnp.arange(H))
     x = x_BND.reshape(batch * tokens, width)
 
     def project(kernel, bias):
       y = x @ kernel.get_value().reshape(width, H * K).astype(dtype)
-      # One bias for all examples, or one each, and alike for all tokens.
-      bias = bias[..., None, :, :].astype(dtype)
-      return y.reshape(batch, tokens, H, K) + bias
+      row = bias.reshape(-1, 1, H * K).astype(dtype)
+      y = _add_row(_by_group(y, row), row).reshape(batch, tokens, H, K)
+      return checkpoint_name(y, PRODUCTS)
 
     q_BNHK, k_BNHK, v_BNHK = (
       project(kernel, bias[..., i, :, :])
       for i, kernel in enumerate((self.query, self.key, self.value))
     )
-    if self.max_distance:
+    padding = tokens - self.tokens
+    if self.max_distance or padding:
       coordinates_NR = jnp.asarray(
-        one_hot_coordinates(self.grid, tokens), dtype
+        one_hot_coordinates(self.grid, self.tokens, padding), dtype
       )
-      seen_NRK = self._seen_vectors(self.position_key, tokens, dtype)
-      near_BNHR = jnp.einsum('bnhk,nrk->bnhr', q_BNHK, seen_NRK)
     else:
       coordinates_NR = jnp.zeros((tokens, 0), dtype)
-      near_BNHR = jnp.zeros((batch, tokens, H, 0), dtype)
+    near_BNHR = jnp.zeros((batch, tokens, H, coordinates_NR.shape[1]), dtype)
+    if self.max_distance:
+      seen_NRK = self._seen_vectors(self.position_key, tokens, dtype)
+      near_BNHR = jnp.einsum('bnhk,nrk->bnhr', q_BNHK, seen_NRK)
+    if padding:  # Every query sees the feature that lowers logits.
+      R = near_BNHR.shape[-1]
+      near_BNHR += (jnp.arange(R) == R - 1).astype(dtype)
     out, summed_BNHR = attend(
       q_BNHK, near_BNHR, k_BNHK, v_BNHK, coordinates_NR, live_B
     )
     if self.max_distance:
+      summed_BNHR = checkpoint_name(summed_BNHR, PRODUCTS)
       seen_NRK = self._seen_vectors(self.position_value, tokens, dtype)
       out += jnp.einsum('bnhr,nrk->bnhk', summed_BNHR, seen_NRK)
+    out = checkpoint_name(out, PRODUCTS)
     out = _dense(
       out.reshape(batch * tokens, H * K),
       self.out.get_value().reshape(H * K, width),
@@ -344,7 +423,7 @@ class Attention(nnx.Module):
 
     def others_first(place, patches):
       """The vectors of all before the patches, such as the class token."""
-      others = tokens - grid**2, *place.shape[1:]
+      others = self.tokens - grid**2, *place.shape[1:]
       return jnp.concatenate(
         [
           jnp.broadcast_to(place[-1], others),
@@ -357,7 +436,8 @@ class Attention(nnx.Module):
     columns = others_first(columns, jnp.broadcast_to(columns[:-1], places))
     padding = position_features(grid) - 2 * (grid + 1)
     seen = jnp.concatenate([rows, columns], axis=1)
-    return jnp.pad(seen, ((0, 0), (0, padding), (0, 0))).astype(dtype)
+    padded = (0, tokens - self.tokens), (0, padding), (0, 0)
+    return jnp.pad(seen, padded).astype(dtype)
 
 
 def _gelu(x: Array) -> Array:
@@ -379,17 +459,19 @@ class Mlp(nnx.Module):
   def __call__(
     self,
     x_BND: Float[Array, 'B N D'],
-    mlp_dim: Int[Array, '*B'] | None = None,
+    mlp_dim: Int[Array, '*S'] | None = None,
   ) -> Float[Array, 'B N D']:
-    """Hidden features beyond `mlp_dim` (all live if None) give nothing."""
+    """Hidden features beyond `mlp_dim` (all live if None) give nothing.
+
+    It may be S numbers, for equal parts of the batch in order.
+    """
     batch, tokens, width = x_BND.shape
     x = x_BND.reshape(batch * tokens, width)
     hidden = _dense(x, self.up.get_value(), self.up_bias.get_value())
-    hidden = _gelu(hidden)
+    hidden = _gelu(checkpoint_name(hidden, PRODUCTS))
     if mlp_dim is not None:
       mask = prefix_mask(mlp_dim, hidden.shape[-1]).astype(x.dtype)
-      masked = hidden.reshape(batch, tokens, -1) * mask
-      hidden = masked.reshape(hidden.shape)
+      hidden = (_by_group(hidden, mask) * mask).reshape(hidden.shape)
     out = _dense(hidden, self.down.get_value(), self.down_bias.get_value())
     return out.reshape(batch, tokens, width)
 

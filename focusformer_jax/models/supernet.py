@@ -20,6 +20,8 @@ from typing import Literal
 
 from flax import nnx
 import jax
+from jax.experimental.layout import Layout
+from jax.experimental.layout import with_layout_constraint
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -35,9 +37,14 @@ EXECUTIONS = ('masked', 'switched')
 # What `config.supernet.remat` keeps from the forward pass of a branch.
 KEPT = {
   'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': jax.checkpoint_policies.save_only_these_names(layers.PRODUCTS),
   'none': jax.checkpoint_policies.everything_saveable,
 }
+
+
+# A TPU keeps an array in tiles of so many rows. With as many tokens an example
+# has whole tiles, and a batch of examples is one matrix without being copied.
+TPU_ROWS = 8
 
 
 class Supernet(nnx.Module):
@@ -184,8 +191,7 @@ class Supernet(nnx.Module):
       arch = jax.tree.map(lambda leaf: leaf[0], archs)
       return self._run(images_BHWC, arch, keep)
     if self.execution == 'masked':
-      archs_B = jax.tree.map(lambda leaf: jnp.repeat(leaf, B // S, 0), archs)
-      return self._run(images_BHWC, archs_B, keep)
+      return self._run(images_BHWC, archs, keep)
     # Under `vmap` a switch runs every branch, so the groups take turns.
     groups = images_BHWC.reshape(S, B // S, *images_BHWC.shape[1:])
     if keep is not None:
@@ -206,7 +212,7 @@ class Supernet(nnx.Module):
     return self.head.features(*self._tokens(images_BHWC, arch, None))
 
   def _run(self, images_BHWC, arch, keep):
-    """Logits of one subnet, or, masked, of a subnet for each example."""
+    """Logits of one subnet or, masked, of one for each of S equal parts."""
     with layers.matmul_precision(self.dtype):
       return self.head(*self._tokens(images_BHWC, arch, keep))
 
@@ -222,7 +228,11 @@ class Supernet(nnx.Module):
     run = {'masked': self._masked, 'switched': self._switched}[self.execution]
     with layers.matmul_precision(self.dtype):
       x_BND = self.stem(images_BHWC.astype(self.dtype))
-      return run(x_BND, arch.embed_dim, scanned)
+      tokens = x_BND.shape[1]
+      if self.attention == 'pallas':
+        x_BND = jnp.pad(x_BND, ((0, 0), (0, -tokens % TPU_ROWS), (0, 0)))
+      x_BND, mask_D = run(x_BND, arch.embed_dim, scanned)
+      return x_BND[:, :tokens], mask_D
 
   def _apply(self, part, x_BND, live=None):
     if isinstance(part, layers.Attention):
@@ -238,7 +248,8 @@ class Supernet(nnx.Module):
   def _masked(self, x_BND, embed, scanned):
     space = self.space
     width = jnp.asarray(space.embed_dim)[embed]
-    mask_D = layers.prefix_mask(width, x_BND.shape[-1])
+    by_example = functools.partial(layers.by_example, batch=len(x_BND))
+    mask_D = layers.prefix_mask(by_example(width), x_BND.shape[-1])
 
     @functools.partial(
       jax.checkpoint, prevent_cse=False, policy=KEPT[self.remat]
@@ -249,10 +260,12 @@ class Supernet(nnx.Module):
 
     def layer(x, scanned):
       block, alive, picks, keep = scanned
+      if self.attention == 'pallas':
+        x = with_layout_constraint(x, Layout((0, 1, 2)))
       for i, (_, sizes) in enumerate(branch_sizes(space)):
         # Nothing lives in a dead layer, so a kernel has nothing to compute.
         live = jnp.where(alive, jnp.asarray(sizes)[embed, picks[i]], 0)
-        scale = alive[..., None, None].astype(x.dtype)
+        scale = by_example(alive)[..., None, None].astype(x.dtype)
         scale *= 1 if keep is None else keep[i]
         x = x + scale * run(block.branches()[i], x, live)
       return x, None
@@ -405,16 +418,55 @@ def choose_execution(
   return 'switched' if SWITCH_OVERHEAD * slowest < 1 else 'masked'
 
 
-def choose_remat(platform: str) -> str:
+# Share of a device's memory that results kept for the backward pass may take.
+# The rest is for weights, moments, gradients and the work of one layer.
+KEPT_SHARE = 0.5
+
+
+def kept_bytes(
+  space: search_space.SearchSpace,
+  tokens: int,
+  dtype: jax.typing.DTypeLike,
+  images: int,
+) -> int:
+  """Bytes that a step keeps from its forward pass with `remat` 'dots'.
+
+  For each token of each layer these are the inputs of both branches, queries,
+  keys, values, the attended values and the hidden features of the MLP, and for
+  each head the features of relative position, which are few beside these.
+
+  Args:
+    space: Its largest subnet is computed.
+    tokens: Tokens of an image.
+    dtype: Type of the computation.
+    images: Images that a device works on.
+  """
+  heads = space.num_heads[-1] * space.head_dim
+  features = 2 * space.embed_dim[-1] + 4 * heads + int(space.mlp_dims.max())
+  per_image = space.num_layers * tokens * features
+  return images * per_image * jnp.dtype(dtype).itemsize
+
+
+def choose_remat(
+  space: search_space.SearchSpace,
+  tokens: int,
+  dtype: jax.typing.DTypeLike,
+  images: int,
+  memory: int | None,
+) -> Literal['dots', 'full']:
   """The name that `config.supernet.remat = 'auto'` stands for.
 
-  On a TPU v5e the compiler estimates 110 ms for `tiny` with nothing computed
-  again against 104 ms, and `small` and `base` need 15.9 and 24.4 GiB of the
-  15.75 there are. GPUs have the memory for the products with weights: for
-  `tiny`, 12 MB an image in bfloat16 (14 layers of 197 tokens with 4 * 256 + 960
-  + 240 features of two bytes).
+  Args:
+    space: As `kept_bytes` takes it, like the following.
+    tokens: Tokens of an image.
+    dtype: Type of the computation.
+    images: Images that a device works on.
+    memory: Bytes of a device; None if it does not say, as CPUs do not.
   """
-  return 'dots' if platform == 'gpu' else 'full'
+  if memory is None:
+    return 'full'
+  kept = kept_bytes(space, tokens, dtype, images)
+  return 'dots' if kept <= KEPT_SHARE * memory else 'full'
 
 
 def sizes(

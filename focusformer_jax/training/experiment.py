@@ -194,7 +194,13 @@ class Experiment:
     """What is computed again: as configured, or what suits the devices."""
     if self.settings.supernet.remat != 'auto':
       return self.settings.supernet.remat
-    return supernet_lib.choose_remat(sharding.platform(self.mesh))
+    return supernet_lib.choose_remat(
+      self.space,
+      self.geometry.num_tokens,
+      self.settings.supernet.dtype,
+      self.settings.data.batch_size // self.mesh.size,
+      sharding.memory(self.mesh),
+    )
 
   @functools.cached_property
   def draw(self) -> curricula.Draw:
