@@ -239,8 +239,9 @@ class Supernet(schema.Section):
   remat: str = key(
     'auto',
     'What the backward pass of masked execution computes again: each branch of '
-    'a layer in `full`, all but its products with weights in `dots`, or '
-    'nothing in `none`; `auto` chooses by the devices.',
+    'a layer in `full`, all but the results of its products in `dots`, or '
+    'nothing in `none`; `auto` is `dots` where these fit into half of the '
+    "device's memory.",
     choices=('auto', 'full', 'dots', 'none'),
   )
   init_std: float = key(

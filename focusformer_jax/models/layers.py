@@ -373,8 +373,8 @@ class Attention(nnx.Module):
     def project(kernel, bias):
       y = x @ kernel.get_value().reshape(width, H * K).astype(dtype)
       row = bias.reshape(-1, 1, H * K).astype(dtype)
-      y = _add_row(_by_group(y, row), row).reshape(batch, tokens, H, K)
-      return checkpoint_name(y, PRODUCTS)
+      y = checkpoint_name(_add_row(_by_group(y, row), row), PRODUCTS)
+      return y.reshape(batch, tokens, H, K)
 
     q_BNHK, k_BNHK, v_BNHK = (
       project(kernel, bias[..., i, :, :])
@@ -401,9 +401,9 @@ class Attention(nnx.Module):
       summed_BNHR = checkpoint_name(summed_BNHR, PRODUCTS)
       seen_NRK = self._seen_vectors(self.position_value, tokens, dtype)
       out += jnp.einsum('bnhr,nrk->bnhk', summed_BNHR, seen_NRK)
-    out = checkpoint_name(out, PRODUCTS)
+    out = checkpoint_name(out.reshape(batch * tokens, H * K), PRODUCTS)
     out = _dense(
-      out.reshape(batch * tokens, H * K),
+      out,
       self.out.get_value().reshape(H * K, width),
       self.out_bias.get_value(),
     )
