@@ -14,9 +14,8 @@ that; it has to divide `config.data.batch_size`, and 3 does not divide 1,024.
 We have never run it at full length, so we state neither accuracy nor run time.
 For comparison, AutoFormer's paper reports 74.7%, 81.7% and 82.4% for the three
 spaces, and ShiftNAS (ICCV 2023) quotes 75.1%, 81.6% and 81.9% for
-FocusFormer-Ti, -S and -B. According to the TPU compiler, every size fits on a
-v5e with 128 images per chip (docs/results/tpu-compilation.md), and 500 epochs
-of `tiny` on a v5e-8 would take about 170 hours (docs/cloud_tpu.md).
+FocusFormer-Ti, -S and -B. By the TPU compiler's estimates, a lower bound, 500
+epochs of `tiny` on a v5e-8 would take 12 hours (docs/cloud_tpu.md).
 """
 
 import ml_collections
