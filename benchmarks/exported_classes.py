@@ -9,7 +9,7 @@ page in a headless Chromium, whose onnxruntime-web has to be a local copy
 (`--config.export.onnxruntime_web`): no other address than this machine's is
 asked. Exits 1 if a file of float32 weights names another class.
 
-Needs the packages in benchmarks/requirements-torch.txt and in `.[onnx]`.
+Needs torch and the packages of the extra `onnx` in one environment.
 
 Letters: `B` images, `C` classes.
 """

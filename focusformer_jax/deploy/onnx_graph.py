@@ -10,6 +10,7 @@ positions, `R` rows and columns of the grid.
 
 from collections.abc import Sequence
 import math
+from typing import Any
 
 import numpy as np
 import onnx
@@ -43,11 +44,18 @@ class _Graph:
     self.constants.append(numpy_helper.from_array(array, name))
     return name
 
-  def add(self, operator: str, *values: Value, outputs: int = 1, **attributes):
-    """Adds a node and returns the name, or the names, of its outputs.
+  def add(self, operator: str, *values: Value, **attributes: Any) -> str:
+    """Adds a node and returns the name of its output.
 
-    Lists of integers and numbers become constants of int64 and float32.
+    Lists of integers become constants of int64, numbers of float32.
     """
+    [name] = self.add_many(1, operator, *values, **attributes)
+    return name
+
+  def add_many(
+    self, outputs: int, operator: str, *values: Value, **attributes: Any
+  ) -> list[str]:
+    """Adds a node of several outputs and returns their names."""
     inputs = []
     for value in values:
       if not isinstance(value, str):
@@ -56,14 +64,13 @@ class _Graph:
       inputs.append(value)
     names = [f'{operator}_{len(self.nodes)}_{i}' for i in range(outputs)]
     self.nodes.append(helper.make_node(operator, inputs, names, **attributes))
-    return names[0] if outputs == 1 else names
+    return names
 
 
-class _Network:
-  """Adds the parts of a network to a graph.
+class _Network(_Graph):
+  """The graph of a network; each method adds a part.
 
   Args:
-    graph: Gets the nodes.
     arrays: Weights as `timm.to_timm` gives them, or as `int8.quantize` does.
     geometry: The network's.
     head_dim: Channels of an attention head.
@@ -71,12 +78,11 @@ class _Network:
 
   def __init__(
     self,
-    graph: _Graph,
     arrays: timm.StateDict,
     geometry: search_space.Geometry,
     head_dim: int,
   ):
-    self.add, self.constant = graph.add, graph.constant
+    super().__init__()
     self.arrays = arrays
     self.geometry = geometry
     self.head_dim = head_dim
@@ -168,7 +174,7 @@ class _Network:
     H = len(self.arrays[f'{name}.qkv.bias']) // (3 * K)
     qkv = self.add('Reshape', self.linear(x, f'{name}.qkv'), [0, 0, 3 * H, K])
     qkv = self.add('Transpose', qkv, perm=[0, 2, 1, 3])
-    q, k, v = self.add('Split', qkv, [H, H, H], axis=1, outputs=3)
+    q, k, v = self.add_many(3, 'Split', qkv, [H, H, H], axis=1)
     q = self.add('Mul', q, K**-0.5)
     logits = self.add('MatMul', q, self.add('Transpose', k, perm=[0, 1, 3, 2]))
     if position is not None:
@@ -239,21 +245,19 @@ def build(
   Raises:
     onnx.checker.ValidationError: The model is not valid.
   """
-  graph = _Graph()
-  network = _Network(graph, arrays, geometry, head_dim)
+  network = _Network(arrays, geometry, head_dim)
   x, depth = network.stem('images', mean, std), 0
   while f'blocks.{depth}.norm1.weight' in arrays:
     x = network.block(x, f'blocks.{depth}')
     depth += 1
   output = 'logits' if geometry.num_classes else 'features'
   width = arrays['pos_embed'].shape[-1]
-  graph.nodes.append(
-    helper.make_node('Identity', [network.head(x, pool)], [output])
-  )
+  logits = network.head(x, pool)
+  network.nodes.append(helper.make_node('Identity', [logits], [output]))
   size = geometry.image_size
   model = helper.make_model(
     helper.make_graph(
-      graph.nodes,
+      network.nodes,
       'network',
       [
         helper.make_tensor_value_info(
@@ -269,7 +273,7 @@ def build(
           ['batch', geometry.num_classes or width],
         )
       ],
-      graph.constants,
+      network.constants,
     ),
     opset_imports=[helper.make_opsetid('', OPSET)],
     ir_version=IR_VERSION,
