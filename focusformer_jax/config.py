@@ -389,7 +389,7 @@ class Curriculum(schema.Section):
     choices=('best', 'worst'),
   )
   strata: bool = key(
-    False,
+    True,
     '`focus`, `uniform_cost` and `attentive`: draw the budgets of the subnets '
     'of an update from as many equal parts of their range, one from each.',
   )
@@ -496,7 +496,7 @@ class Sampler(schema.Section):
   )
   budgets_per_update: int = key(1, 'Budgets per sampler update.', at_least=1)
   window: float = key(
-    0.0,
+    0.8,
     'Lower bound of costs, as a share of the budget, for `focus` after its '
     'warm-up and for comparisons; dropped where no subnet is in between. 0: '
     'no lower bound.',
@@ -505,8 +505,8 @@ class Sampler(schema.Section):
   )
   entropy: float = key(
     0.05,
-    "Weight of the policy's entropy in its objective right after the warm-up; "
-    'with `target_entropy`, weight of half the squared distance from there.',
+    "Weight of the policy's entropy in its objective right after the warm-up, "
+    'where `target_entropy` is 0.',
     at_least=0,
   )
   final_entropy: float = key(
@@ -527,6 +527,11 @@ class Sampler(schema.Section):
     'The same share at the last step; it changes linearly in between.',
     at_least=0,
     at_most=1,
+  )
+  steering: float = key(
+    0.3,
+    'Weight of half the squared distance from that entropy, in nats.',
+    above=0,
   )
   learning_rate: float = key(1e-2, "Adam's learning rate.", above=0)
 

@@ -18,10 +18,15 @@ from tests.enumerated import COSTS
 COUNT, CALLS = 4, 1000
 
 
+# Curricula without the options that a test does not name.
+PLAIN = {'strata': False, 'largest': 0.0}
+
+
 def parse(name, distillation='none', window=0.0, **options):
   config = digits.get_config()
+  options = PLAIN | {'name': name, 'subnets': COUNT} | options
   with config.unlocked():
-    config.curriculum.update({'name': name, 'subnets': COUNT, **options})
+    config.curriculum.update(options)
     config.distillation.loss = distillation
     config.sampler.window = window
   return config_lib.parse(config)

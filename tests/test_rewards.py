@@ -56,7 +56,9 @@ def test_scaled_advantages_have_one_spread(settings):
 
 
 def test_penalty_is_proportional_to_the_excess(settings):
-  penalty = dataclasses.replace(settings, constraint='penalty', penalty=2.0)
+  penalty = dataclasses.replace(
+    settings, constraint='penalty', penalty=2.0, window=0.0
+  )
   beyond = dataclasses.replace(SCORED, budget_K=jnp.array([16, 40]))
   reward, _ = rewards.advantages(penalty, beyond)
   np.testing.assert_allclose(reward[0], [-0.9, -0.5 - 0.5, -0.7 - 0.5])

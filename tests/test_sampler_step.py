@@ -12,9 +12,13 @@ from focusformer_jax.sampler import conditional
 from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import steps
 
+# The sampler without the options that a test does not name.
+PLAIN = {'window': 0.0, 'target_entropy': 0.0, 'shrink': False}
+
 
 def changed(experiment, **changes):
   """The experiment with other settings of its sampler."""
+  changes = PLAIN | changes
   sampler = dataclasses.replace(experiment.settings.sampler, **changes)
   settings = dataclasses.replace(experiment.settings, sampler=sampler)
   return dataclasses.replace(experiment, settings=settings)
@@ -108,7 +112,7 @@ def test_entropy_is_steered_to_its_target(experiment):
     experiment,
     target_entropy=share,
     final_target_entropy=share,
-    entropy=1.0,
+    steering=1.0,
     shrink=True,
     budgets_per_update=2,
   )

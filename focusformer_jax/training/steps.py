@@ -234,7 +234,7 @@ def sampler_step(
       loss = -jnp.mean(advantage_M * log_prob_M)
       if settings.target_entropy:
         target = entropy_share * bins.log_count(bound, lower)
-        loss += 0.5 * settings.entropy * jnp.square(entropy - target)
+        loss += 0.5 * settings.steering * jnp.square(entropy - target)
       else:
         loss -= entropy_weight * entropy
       return loss, entropy
