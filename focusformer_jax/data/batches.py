@@ -32,8 +32,9 @@ class Batches(Iterator[dict[str, Any]]):
   Args:
     batches: The batches, on the host.
     workers: Processes that read them; 0 for threads of this process.
-    put: Puts a batch on the devices. A thread of its own does so, one batch
-      ahead. None leaves batches on the host.
+    put: Puts a batch on the devices. A thread of its own does so; one batch
+      waits there, and the next while that is not taken. None leaves batches on
+      the host.
   """
 
   def __init__(
@@ -51,12 +52,9 @@ class Batches(Iterator[dict[str, Any]]):
   def position(self, position: int):
     self.close()
     self._position = position
-    ahead = _read_ahead(self._batches[position:], self._workers)
-    if self._put is not None:
-      ahead = grain.experimental.ThreadPrefetchIterDataset(
-        ahead.map(self._put), prefetch_buffer_size=1
-      )
-    self._ahead = iter(ahead)
+    self._ahead = _read_ahead(
+      self._batches[position:], self._workers, self._put
+    )
 
   def __next__(self) -> dict[str, Any]:
     batch = next(self._ahead)
@@ -139,17 +137,25 @@ def automatic_workers(source: datasets.Source, cores: int) -> int:
 
 
 def _read_ahead(
-  batches: 'grain.MapDataset', workers: int
-) -> 'grain.IterDataset':
+  batches: 'grain.MapDataset', workers: int, put: Put | None
+) -> 'grain.DatasetIterator':
+  """Reads batches ahead in threads or processes, and puts them on devices."""
   cores = os.cpu_count() or 1
   threads = grain.ReadOptions(
     num_threads=1 if workers else max(2, min(16, cores)), prefetch_buffer_size=8
   )
-  if not workers:
-    return batches.to_iter_dataset(threads)
-  return batches.to_iter_dataset(threads).mp_prefetch(
-    grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-  )
+  ahead = batches.to_iter_dataset(threads)
+  if workers:
+    ahead = ahead.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=2
+      )
+    )
+  if put is not None:
+    ahead = grain.experimental.ThreadPrefetchIterDataset(
+      ahead.map(put), prefetch_buffer_size=1
+    )
+  return iter(ahead)
 
 
 def eval_batches(
@@ -157,12 +163,21 @@ def eval_batches(
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
-) -> Iterator[datasets.Batch]:
-  """Every example once, in order; the last batch is padded with weight 0."""
+  put: Put | None = None,
+) -> Iterator[dict[str, Any]]:
+  """Every example once, in order; the last batch is padded with weight 0.
+
+  Args:
+    source: Split to read.
+    batch_size: Images in a batch, over all processes.
+    process_index: Part of each batch to read.
+    process_count: Number of parts.
+    put: Puts this process's part of a batch on the devices; see `Batches`.
+  """
   count = -(-len(source) // batch_size)
   indices = np.full(count * batch_size, -1)
   indices[: len(source)] = np.arange(len(source))
   local = batch_size // process_count
   parts = indices.reshape(count, process_count, local)[:, process_index]
   batches = grain.MapDataset.range(count).map(lambda i: source.batch(parts[i]))
-  return iter(_read_ahead(batches, workers=0))
+  return _read_ahead(batches, workers=0, put=put)

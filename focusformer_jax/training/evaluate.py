@@ -87,8 +87,12 @@ class Evaluator:
     """Every example once, over the mesh."""
     size = self._experiment.settings.data.eval_batch_size
     process = jax.process_index(), jax.process_count()
-    for batch in batches_lib.eval_batches(source, size, *process):
-      yield sharding.put_batch(self._experiment.mesh, batch)
+    return batches_lib.eval_batches(
+      source,
+      size,
+      *process,
+      put=functools.partial(sharding.put_batch, self._experiment.mesh),
+    )
 
   def propose(
     self, policy: policy_lib.Policy, budgets: Sequence[int]

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from importlib import metadata
 import platform
 
@@ -89,12 +90,8 @@ def train_stream(
     jax.process_count(),
     repeats=settings.data.repeats,
     workers=settings.data.workers,
-    put=_put_on(experiment.mesh),
+    put=functools.partial(sharding.put_batch, experiment.mesh),
   )
-
-
-def _put_on(mesh: jax.sharding.Mesh) -> batches_lib.Put:
-  return lambda batch: sharding.put_batch(mesh, batch)
 
 
 def open_streams(
@@ -115,7 +112,7 @@ def open_streams(
       jax.process_count(),
       # Rewards are of what evaluation sees.
       random_crops=False,
-      put=_put_on(experiment.mesh),
+      put=functools.partial(sharding.put_batch, experiment.mesh),
       key='config.sampler.batch_size',
     ),
   }
