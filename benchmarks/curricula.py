@@ -481,7 +481,7 @@ def alone(
   Returns:
     A row per budget: means over seeds of the test accuracy with inherited
     weights and trained alone, and Kendall's tau of the two over all networks
-    of all rows, which is the same in each row.
+    of all rows, which is the same in each row, and None for a single network.
   """
   pairs = []
   for seed, run in enumerate(runs):
@@ -514,7 +514,7 @@ def alone(
           np.mean([row['test_accuracy'] for row, _ in at_budget])
         ),
         'alone': float(np.mean([value for _, value in at_budget])),
-        'tau': float(tau),
+        'tau': None if np.isnan(tau) else float(tau),
         'seeds': len(at_budget),
       }
     )
