@@ -73,7 +73,8 @@ def test_timm_builds_uniform_networks_without_relative_position():
     "checkpoint_path='model.safetensors',",
     'norm_layer=functools.partial(timm.layers.LayerNorm, eps=1e-05),',
     # Two heads of 4 channels are less than the width of 12.
-    'attn_layer=functools.partial(timm.layers.Attention, attn_head_dim=4),',
+    '  super().__init__(dim, attn_head_dim=4, **options)',
+    'attn_layer=Attention,',
   ):
     assert f'  {argument}\n' in code
   assert compile(code, 'card', 'exec')

@@ -145,16 +145,24 @@ def create_model(description: Mapping[str, Any]) -> str | None:
     'checkpoint_path': 'model.safetensors',
   }
   code = {name: repr(value) for name, value in options.items()}
-  layers = {'norm_layer': f'LayerNorm, eps={geometry.norm_eps}'}
+  eps = f'eps={geometry.norm_eps}'
+  code['norm_layer'] = f'functools.partial(timm.layers.LayerNorm, {eps})'
+  attention = []
   if num_heads * head_dim != width:
-    layers['attn_layer'] = f'Attention, attn_head_dim={head_dim}'
-  for name, layer in layers.items():
-    code[name] = f'functools.partial(timm.layers.{layer})'
+    # timm wants a class here.
+    code['attn_layer'] = 'Attention'
+    attention = [
+      'class Attention(timm.layers.Attention):',
+      '  def __init__(self, dim, **options):',
+      f'    super().__init__(dim, attn_head_dim={head_dim}, **options)',
+      '',
+    ]
   return '\n'.join(
     [
       'import functools',
       'import timm',
       '',
+      *attention,
       'model = timm.create_model(',
       "  'vit_base_patch16_224',",
       *(f'  {name}={value},' for name, value in code.items()),
