@@ -137,7 +137,7 @@ def by_example(x_S: Shaped[Array, '*S'], batch: int) -> Shaped[Array, '*B']:
 
 def _by_group(
   x_TF: Float[Array, 'T F'], row: Float[Array, '*S 1 F']
-) -> Float[Array, 'S T/S F']:
+) -> Float[Array, 'S part F']:
   """Tokens in S equal parts, to combine with one row each, or one for all.
 
   A view by examples would be copied on a TPU, whose tiles have eight tokens,
