@@ -22,6 +22,7 @@ from focusformer_jax.deploy import demo
 from focusformer_jax.deploy import export
 from focusformer_jax.deploy import profile
 from focusformer_jax.deploy import retrain
+from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
 from focusformer_jax.search import fingerprint
 from focusformer_jax.search import methods
@@ -210,8 +211,8 @@ def _extract(
     budget = budget or experiment.search_budgets[-1]
     [arch] = _answers(experiment, evaluator, state, [budget], workdir)
   description = experiment.space.to_json(arch) | {'fingerprint': wanted}
-  network = _cut(experiment, state, arch)
-  vit.save(network, description, workdir / 'subnet')
+  network = vit.extract(_weights(experiment, state), arch)
+  vit.save(jax.device_put(network), description, workdir / 'subnet')
   logging.info('extracted %s', experiment.space.describe(arch))
   return arch
 
@@ -237,14 +238,14 @@ def _answers(
   return [answer.arch for answer in answers]
 
 
-def _cut(
-  experiment: experiment_lib.Experiment,
-  state: state_lib.TrainState,
-  arch: search_space.Architecture,
-) -> vit.VisionTransformer:
-  # NumPy slices without compiling.
-  supernet = sharding.on_host(experiment.mesh, state.scored)
-  return jax.device_put(vit.extract(supernet, arch))
+def _weights(
+  experiment: experiment_lib.Experiment, state: state_lib.TrainState
+) -> supernet_lib.Supernet:
+  """The supernet to extract from, on the host: NumPy slices need no compiler.
+
+  All processes have to ask for it.
+  """
+  return sharding.on_host(experiment.mesh, state.scored)
 
 
 def _export(
@@ -265,18 +266,19 @@ def _export(
     archs = _answers(experiment, evaluator, state, budgets, workdir)
   else:
     archs = [_extract(experiment, evaluator, state, wanted, workdir)]
-  networks = {}
+  weights, networks = _weights(experiment, state), {}
+  if jax.process_index() != 0:
+    return
   for arch in archs:
     description = experiment.space.describe(arch)
     if description in networks:  # The answer to several budgets.
       continue
-    network = _cut(experiment, state, arch)
-    if jax.process_index() == 0:
-      networks[description] = export.export(
-        experiment, network, arch, int(state.step), workdir / 'export'
-      )
-      print(networks[description].directory)
-  if options.demo and jax.process_index() == 0:
+    network = jax.device_put(vit.extract(weights, arch))
+    networks[description] = export.export(
+      experiment, network, arch, int(state.step), workdir / 'export'
+    )
+    print(networks[description].directory)
+  if options.demo:
     answers = zip(budgets, archs, strict=True)
     rows = [(b, networks[experiment.space.describe(a)]) for b, a in answers]
     print(demo.write(experiment, rows, workdir / 'export' / 'demo'))

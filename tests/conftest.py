@@ -23,6 +23,8 @@ if version.__version_info__ < (0, 11):
 from absl import flags
 from flax import nnx
 import jax
+import numpy as np
+from PIL import Image
 import pytest
 
 from tests import typecheck
@@ -32,6 +34,7 @@ typecheck.install()
 from configs import digits
 from focusformer_jax import config as config_lib
 from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.data import datasets
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.sampler import cost_bins
 from focusformer_jax.spaces import cost
@@ -122,6 +125,32 @@ def smoke_settings(tfds_dir, **changes) -> config_lib.Settings:
       *sections, name = key.split('__')
       functools.reduce(operator.getitem, sections, config)[name] = value
   return config_lib.parse(config)
+
+
+def numbered(count: int) -> datasets.Arrays:
+  """Synthetic: every image holds its own index."""
+  numbers = np.arange(count, dtype=np.int32)
+  return datasets.Arrays(numbers.astype(np.uint8)[:, None, None, None], numbers)
+
+
+def data_settings(**changes) -> config_lib.Data:
+  config = digits.get_config('smoke')
+  with config.unlocked(), config.ignore_type():
+    config.data.update(changes)
+  return config_lib.parse(config).data
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for split, count in (('train', 10), ('test', 3)):
+    for label in ('cat', 'dog'):
+      (tmp_path / split / label).mkdir(parents=True)
+      for i in range(count):
+        shade = 100 * (label == 'dog') + 10 * i
+        image = Image.new('RGB', (9, 7), (shade, shade, shade))
+        image.putpixel((4, 3), (255, 255, 255))
+        image.save(tmp_path / split / label / f'{i}.png')
+  return tmp_path
 
 
 @pytest.fixture(scope='session')

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from benchmarks import accelerator
+from benchmarks import accelerator_parts
+from benchmarks import accelerator_tables
 from tests.conftest import ROOT
 
 
@@ -41,7 +42,7 @@ from benchmarks import accelerator
   ],
 )
 def test_peak_is_that_of_the_longest_known_name(kind, wanted):
-  assert accelerator.peak(kind) == wanted
+  assert accelerator_parts.peak(kind) == wanted
 
 
 def test_accelerator_tables_show_shares_ratios_and_errors():
@@ -59,7 +60,7 @@ def test_accelerator_tables_show_shares_ratios_and_errors():
     'peak_gib': 0.0,
   }
   rate = {'milliseconds': 128.0, 'images_per_second': 1000.0}
-  text = accelerator.markdown(
+  text = accelerator_tables.markdown(
     {
       'device': {
         'kind': 'TPU v5 lite',

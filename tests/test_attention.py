@@ -7,29 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import accelerator_parts
 from focusformer_jax import errors
 from focusformer_jax.models import attention
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import experiment as experiment_lib
 from tests.conftest import TINY, make_supernet, smoke_settings
 
+operands = accelerator_parts.attention_operands
+
 # The kernel for TPUs, interpreted; the formulation that cuDNN gets, by XLA.
 OTHERS = {
   'pallas': functools.partial(attention.pallas, interpret=True),
   'cudnn': attention.concatenated,
 }
-
-
-def operands(batch, tokens, heads, head_dim, features, dtype=jnp.float32):
-  """Queries, features of position, keys, values and one-hot coordinates."""
-  keys = jax.random.split(jax.random.key(0), 5)
-  sizes = head_dim, features, head_dim, head_dim
-  images = [
-    jax.random.normal(key, (batch, tokens, heads, size)).astype(dtype)
-    for key, size in zip(keys, sizes)
-  ]
-  places = jax.random.randint(keys[4], (tokens,), 0, max(features, 1))
-  return (*images, jax.nn.one_hot(places, features, dtype=dtype))
 
 
 def loss(attend, live_B, coordinates_NR, *images):
@@ -51,7 +42,7 @@ def loss(attend, live_B, coordinates_NR, *images):
 def test_values_and_gradients_equal_the_einsums(
   name, live, tokens, head_dim, features
 ):
-  *images, coordinates = operands(3, tokens, 3, head_dim, features)
+  *images, coordinates = operands((tokens, 3, head_dim, features), 3)
   live_B = None if live is None else jnp.array(live)
   found, wanted = (
     jax.jit(
@@ -71,9 +62,9 @@ def test_values_and_gradients_equal_the_einsums(
 
 @pytest.mark.parametrize('name', OTHERS)
 def test_bfloat16_is_as_close_as_the_einsums(name):
-  *images, coordinates = operands(2, 17, 2, 64, 16)
+  *images, coordinates = operands((17, 2, 64, 16), 2)
   wanted = attention.einsum(*images, coordinates, None)
-  low = operands(2, 17, 2, 64, 16, jnp.bfloat16)
+  low = operands((17, 2, 64, 16), 2, jnp.bfloat16)
   distances = [
     max(
       np.abs(one.astype(np.float32) - other).max()

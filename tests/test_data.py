@@ -1,49 +1,27 @@
-"""Data sets and batches: splits, order, views, processes, error messages."""
+"""Data sets: splits, views, processes, error messages."""
 
 import dataclasses
-import io
 import json
-import pickle
-import queue
-import shutil
 import subprocess
 import sys
-import threading
 import zlib
 
 import cv2
 import jax
 import numpy as np
-from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader
 
-from configs import digits
-from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
-from focusformer_jax.data import image_cache
 from focusformer_jax.training import checkpoint
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import train
-from tests.conftest import ROOT, smoke_settings
+from tests.conftest import ROOT, data_settings, numbered, smoke_settings
 
 AREA = (0.1, 0.5)
-
-
-def data_settings(**changes) -> config_lib.Data:
-  config = digits.get_config('smoke')
-  with config.unlocked(), config.ignore_type():
-    config.data.update(changes)
-  return config_lib.parse(config).data
-
-
-def numbered(count: int) -> datasets.Arrays:
-  """Synthetic: every image holds its own index."""
-  numbers = np.arange(count, dtype=np.int32)
-  return datasets.Arrays(numbers.astype(np.uint8)[:, None, None, None], numbers)
 
 
 class _Noise(tfds.core.GeneratorBasedBuilder):
@@ -90,19 +68,6 @@ def noise_dir(tmp_path_factory) -> str:
   for builder in (NoiseOfOneSize, NoiseOfManySizes):
     builder(data_dir=folder, file_format='array_record').download_and_prepare()
   return folder
-
-
-@pytest.fixture
-def folder(tmp_path):
-  for split, count in (('train', 10), ('test', 3)):
-    for label in ('cat', 'dog'):
-      (tmp_path / split / label).mkdir(parents=True)
-      for i in range(count):
-        shade = 100 * (label == 'dog') + 10 * i
-        image = Image.new('RGB', (9, 7), (shade, shade, shade))
-        image.putpixel((4, 3), (255, 255, 255))
-        image.save(tmp_path / split / label / f'{i}.png')
-  return tmp_path
 
 
 def images_of(batches) -> list[bytes]:
@@ -370,84 +335,6 @@ def test_process_0_prepares_first_and_others_wait(process, wanted, monkeypatch):
   assert events == wanted
 
 
-def test_epochs_show_each_image_once_in_different_orders():
-  batches = batches_lib.train_batches(numbered(30), 10, seed=0)
-  epochs = [[next(batches)['label'] for _ in range(3)] for _ in range(2)]
-  for epoch in epochs:
-    assert sorted(np.concatenate(epoch)) == list(range(30))
-  assert not np.array_equal(epochs[0], epochs[1])
-
-
-def test_order_depends_on_the_seed_alone():
-  one, same, other = (
-    next(batches_lib.train_batches(numbered(30), 10, seed))['label']
-    for seed in (0, 0, 1)
-  )
-  assert np.array_equal(one, same)
-  assert not np.array_equal(one, other)
-
-
-def test_position_resumes_batches():
-  batches = batches_lib.train_batches(numbered(30), 8, seed=0)
-  for _ in range(5):
-    next(batches)
-  position = batches.position
-  assert position == 5
-  wanted = [next(batches)['label'] for _ in range(4)]
-  resumed = batches_lib.train_batches(numbered(30), 8, seed=0)
-  resumed.position = position
-  assert np.array_equal([next(resumed)['label'] for _ in range(4)], wanted)
-
-
-def test_position_counts_batches_taken_not_those_put_ahead():
-  put = queue.Queue()
-
-  def on_devices(batch):
-    put.put(threading.current_thread())
-    return batch | {'put': True}
-
-  batches = batches_lib.train_batches(numbered(30), 8, 0, put=on_devices)
-  first = next(batches)
-  threads = [put.get(timeout=60) for _ in range(2)]
-  assert first['put']
-  assert threading.current_thread() not in threads
-  assert batches.position == 1
-  resumed = batches_lib.train_batches(numbered(30), 8, seed=0)
-  resumed.position = batches.position
-  assert np.array_equal(next(batches)['label'], next(resumed)['label'])
-  batches.close()
-  assert not any(thread.is_alive() for thread in threads)
-
-
-def test_error_of_the_thread_that_puts_batches_reaches_the_loop():
-  def on_devices(batch):
-    raise errors.UserError('config.data: wanted an image, found none')
-
-  batches = batches_lib.train_batches(numbered(30), 8, 0, put=on_devices)
-  with pytest.raises(errors.UserError, match=r'^config.data: wanted an image'):
-    next(batches)
-  batches.close()
-
-
-def test_processes_read_consecutive_parts_of_a_batch():
-  whole = next(batches_lib.train_batches(numbered(30), 8, 0))['label']
-  parts = [
-    next(batches_lib.train_batches(numbered(30), 8, 0, index, 4))['label']
-    for index in range(4)
-  ]
-  assert np.array_equal(np.concatenate(parts), whole)
-
-
-@pytest.mark.parametrize('count', [1, 7, 8, 9])
-def test_evaluation_counts_each_example_once(count):
-  batches = list(batches_lib.eval_batches(numbered(count), 8))
-  assert {len(b['label']) for b in batches} == {8}
-  weights = np.concatenate([b['weight'] for b in batches])
-  labels = np.concatenate([b['label'] for b in batches])
-  assert sorted(labels[weights == 1]) == list(range(count))
-  assert weights.sum() == count
-
-
 @pytest.mark.parametrize(
   'name, end', [('cifar1000', '; did you mean cifar100?'), ('n0_such', '')]
 )
@@ -458,75 +345,6 @@ def test_unknown_data_set_is_refused(name, end, tmp_path):
     'config.data.name: wanted the name of a TFDS data set, sklearn_digits or '
     f'image_folder, found {name!r}{end}'
   )
-
-
-def photographs(count: int) -> datasets.Encoded:
-  """Synthetic: PNGs of noise, larger than what is wanted of them."""
-  rng, examples = np.random.default_rng(0), []
-  for i in range(count):
-    target = io.BytesIO()
-    pixels = rng.integers(0, 256, (12, 10, 3), np.uint8)
-    Image.fromarray(pixels).save(target, 'PNG')
-    examples.append({'image': target.getvalue(), 'label': i})
-  return datasets.Encoded(
-    examples,
-    indices=range(count),
-    image_size=8,
-    channels=3,
-    crop=(0.3, 1.0),
-    center_crop=7 / 8,
-  )
-
-
-def test_random_crops_differ_between_epochs():
-  batches = batches_lib.train_batches(photographs(4), 4, seed=0)
-  first, second = next(batches), next(batches)
-  assert first['image'].shape == (4, 8, 8, 3)
-  order = [list(b['label']) for b in (first, second)]
-  assert sorted(order[0]) == sorted(order[1]) == [0, 1, 2, 3]
-  one, other = (b['image'][list(b['label']).index(0)] for b in (first, second))
-  assert not np.array_equal(one, other)
-
-
-def test_random_crops_do_not_depend_on_the_number_of_processes():
-  whole = next(batches_lib.train_batches(photographs(8), 8, 0))['image']
-  parts = [
-    next(batches_lib.train_batches(photographs(8), 8, 0, index, 2))['image']
-    for index in range(2)
-  ]
-  assert np.array_equal(np.concatenate(parts), whole)
-
-
-def test_workers_do_not_change_batches():
-  threads = batches_lib.train_batches(photographs(30), 8, seed=0)
-  wanted = [next(threads)['image'] for _ in range(6)]
-  batches = batches_lib.train_batches(photographs(30), 8, seed=0, workers=2)
-  found = [next(batches)['image'] for _ in range(3)]
-  resumed = batches_lib.train_batches(photographs(30), 8, seed=0)
-  resumed.position = batches.position
-  found += [next(resumed)['image'] for _ in range(3)]
-  assert np.array_equal(found, wanted)
-
-
-def test_automatic_workers_are_for_encoded_images_on_many_cores():
-  workers = batches_lib.automatic_workers
-  assert [workers(photographs(1), n) for n in (1, 8, 16, 224)] == [0, 0, 8, 32]
-  assert workers(numbered(1), 224) == 0
-
-
-def test_repeats_are_apart_and_cropped_differently():
-  batch = next(batches_lib.train_batches(photographs(8), 8, seed=0, repeats=2))
-  labels, images = batch['label'], batch['image']
-  assert len(set(labels)) == 4
-  assert np.array_equal(labels[:4], labels[4:])
-  assert not np.array_equal(images[:4], images[4:])
-
-
-def test_evaluation_is_deterministic_and_pads_with_weight_0():
-  batches = list(batches_lib.eval_batches(photographs(3), 2))
-  assert [b['weight'].tolist() for b in batches] == [[1, 1], [1, 0]]
-  again = list(batches_lib.eval_batches(photographs(3), 2))
-  assert np.array_equal(batches[0]['image'], again[0]['image'])
 
 
 def test_image_folder_has_splits_and_classes(folder):
@@ -550,94 +368,6 @@ def test_image_folder_has_splits_and_classes(folder):
   assert all((shade >= 100) == label for label, shade in shades['test'])
 
 
-def cached_folder(folder, cache, **changes) -> datasets.Dataset:
-  return datasets.open_dataset(
-    data_settings(
-      name='image_folder',
-      dir=str(folder),
-      image_size=4,
-      heldout=0.2,
-      cache=str(cache),
-      **changes,
-    ),
-    AREA,
-  )
-
-
-def two_batches(dataset) -> list[datasets.Batch]:
-  batches = batches_lib.train_batches(dataset.split('train'), 8, seed=0)
-  return [next(batches) for _ in range(2)]
-
-
-def test_cached_images_give_the_same_batches(folder, tmp_path_factory):
-  cache = tmp_path_factory.mktemp('cache')
-  plain = datasets.open_dataset(
-    data_settings(
-      name='image_folder', dir=str(folder), image_size=4, heldout=0.2
-    ),
-    AREA,
-  )
-  dataset = cached_folder(folder, cache)
-  wanted, found = two_batches(plain), two_batches(dataset)
-  assert jax.tree.all(jax.tree.map(np.array_equal, wanted, found))
-  # Other splits are read as they are stored.
-  for name, kind in (('train', True), ('heldout', False), ('test', False)):
-    examples = dataset.split(name).examples
-    assert isinstance(examples, image_cache.CachedImages) == kind
-  # Files of the training split are not read again.
-  written = {p: p.stat().st_mtime_ns for p in cache.rglob('*')}
-  for path in folder.glob('train/*/*'):
-    path.write_bytes(b'')
-  assert jax.tree.all(
-    jax.tree.map(np.array_equal, wanted, two_batches(dataset))
-  )
-  assert written == {p: p.stat().st_mtime_ns for p in cache.rglob('*')}
-  assert len(pickle.dumps(dataset.split('train').examples)) < 1000
-
-
-def test_cache_shrinks_the_shorter_side(folder, tmp_path_factory):
-  cache = tmp_path_factory.mktemp('cache')
-  for side, shape in ((4, (4, 5, 3)), (100, (7, 9, 3))):
-    images = cached_folder(folder, cache, cache_side=side).split('train')
-    assert images.examples[0]['image'].shape == shape
-  assert len(list(cache.iterdir())) == 2
-
-
-def test_cache_without_room_is_one_line(folder, tmp_path_factory, monkeypatch):
-  cache = tmp_path_factory.mktemp('cache')
-  usage = shutil.disk_usage(cache)._replace(free=3000)
-  monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
-  with pytest.raises(errors.UserError) as error:
-    cached_folder(folder, cache).split('train')
-  assert str(error.value) == (  # 16 images of 7x9 pixels.
-    f'config.data.cache: wanted 3.02e-06 GB of free space in {cache}, found '
-    '3e-06 GB; lower config.data.cache_side or use another disk'
-  )
-  assert not list(cache.iterdir())
-
-
-def test_cache_of_a_broken_image_is_not_kept(folder, tmp_path_factory):
-  cache = tmp_path_factory.mktemp('cache')
-  for path in (folder / 'train/cat').glob('*'):
-    path.write_bytes(b'broken')
-  with pytest.raises(errors.UserError, match='wanted an image, found 6 bytes'):
-    cached_folder(folder, cache).split('train')
-  assert not list(cache.iterdir())
-
-
-@pytest.mark.parametrize(
-  'name, cache, wanted',
-  [
-    ('sklearn_digits', 'cache', 'whose images are kept in memory'),
-    ('image_folder', 'gs://bucket', 'wanted a directory on a local disk'),
-  ],
-)
-def test_useless_cache_is_refused(name, cache, wanted, folder):
-  settings = data_settings(name=name, dir=str(folder), cache=cache)
-  with pytest.raises(errors.UserError, match=wanted):
-    datasets.prepare(settings)
-
-
 def test_wrong_image_folder_is_refused(folder):
   for changes, message in (
     ({'dir': None}, 'config.data.dir: wanted the folder'),
@@ -646,17 +376,3 @@ def test_wrong_image_folder_is_refused(folder):
     settings = data_settings(name='image_folder', **changes)
     with pytest.raises(errors.UserError, match=message):
       datasets.open_dataset(settings)
-
-
-@pytest.mark.parametrize('section', ['data', 'sampler'])
-def test_too_large_a_batch_names_its_key(section, experiment):
-  part = dataclasses.replace(
-    getattr(experiment.settings, section), batch_size=10_000
-  )
-  settings = dataclasses.replace(experiment.settings, **{section: part})
-  with pytest.raises(errors.UserError) as error:
-    train.open_streams(dataclasses.replace(experiment, settings=settings))
-  assert str(error.value).startswith(
-    f'config.{section}.batch_size: wanted at most the 1'
-  )
-  assert str(error.value).endswith(', found 10000')

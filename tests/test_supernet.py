@@ -13,6 +13,7 @@ import pytest
 
 from focusformer_jax import sharding
 from focusformer_jax.models import layers
+from focusformer_jax.models import positions
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
 from focusformer_jax.spaces import search_space
@@ -164,7 +165,7 @@ def test_layer_norm_sees_live_features_alone():
 def test_distance_index_by_hand():
   # Three patches in a row, distances clipped to 1; the class token is last.
   wanted = [[2, 3, 3, 0], [1, 2, 3, 0], [1, 1, 2, 0], [0, 0, 0, 0]]
-  assert layers.distance_index(3, 1).tolist() == wanted
+  assert positions.distance_index(3, 1).tolist() == wanted
 
 
 @pytest.mark.parametrize('execution', supernet_lib.EXECUTIONS)

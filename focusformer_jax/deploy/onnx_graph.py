@@ -18,7 +18,7 @@ from onnx import helper
 from onnx import numpy_helper
 
 from focusformer_jax.models import int8
-from focusformer_jax.models import layers
+from focusformer_jax.models import positions
 from focusformer_jax.models import timm
 from focusformer_jax.spaces import search_space
 
@@ -92,12 +92,13 @@ class _Network(_Graph):
   def _add_places(self):
     """Constants that tell rows and columns of the grid, for all layers."""
     grid, tokens = self.geometry.grid, self.geometry.num_tokens
-    one_hot_NR = layers.one_hot_coordinates(grid, tokens)[:, : 2 * (grid + 1)]
+    one_hot_NR = positions.one_hot_coordinates(grid, tokens)
+    one_hot_NR = one_hot_NR[:, : 2 * (grid + 1)]
     self.place_NR = self.constant(one_hot_NR.astype(np.float32), 'place')
     self.place_RN = self.constant(one_hot_NR.T.astype(np.float32), 'place_T')
     most = self.geometry.max_relative_position
-    entry = layers.distance_index(grid, most)
-    rows_N, columns_N = layers.token_coordinates(grid, tokens)
+    entry = positions.distance_index(grid, most)
+    rows_N, columns_N = positions.token_coordinates(grid, tokens)
     # In both tables, one after the other.
     index_NR = np.concatenate(
       [entry[rows_N], entry[columns_N] + 2 * most + 2], axis=1

@@ -7,8 +7,7 @@ state dict under the key 'model'; that of a subnet has the shapes of the
 supernet, of which the subnet reads prefixes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from etils import epath
@@ -20,12 +19,13 @@ import numpy as np
 from focusformer_jax.models import layers
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
+from focusformer_jax.models import weight_files
 from focusformer_jax.spaces import search_space
 
 with epy.lazy_imports():
   import safetensors.numpy
 
-StateDict = Mapping[str, np.ndarray]
+StateDict = weight_files.StateDict
 Network = TypeVar('Network', supernet_lib.Supernet, vit.VisionTransformer)
 
 
@@ -142,20 +142,6 @@ def _layer_names(name: str, param: nnx.Variable) -> list[str]:
   return [name.replace('.', f'.{i}.', 1) for i in range(param.shape[0])]
 
 
-def _layers(arrays: StateDict) -> Iterator[dict[str, np.ndarray]]:
-  """The arrays of each layer, by what follows `blocks.<layer>.` in a name."""
-  for i in itertools.count():
-    prefix = f'blocks.{i}.'
-    layer = {
-      name.removeprefix(prefix): array
-      for name, array in arrays.items()
-      if name.startswith(prefix)
-    }
-    if not layer:
-      return
-    yield layer
-
-
 def to_autoformer(network: Network) -> dict[str, np.ndarray]:
   """A network's weights in AutoFormer's names and layouts.
 
@@ -178,8 +164,8 @@ def to_autoformer(network: Network) -> dict[str, np.ndarray]:
     'head.weight': ours['head.kernel'].T,
     'head.bias': ours['head.bias'],
   }
-  for i, layer in enumerate(_layers(ours)):
-    theirs |= {f'blocks.{i}.{k}': v for k, v in _layer_to(layer).items()}
+  for prefix, layer in weight_files.by_layer(ours):
+    theirs |= {prefix + k: v for k, v in _layer_to(layer).items()}
   return theirs
 
 
@@ -214,8 +200,8 @@ def from_autoformer(state_dict: StateDict, network: Network) -> Network:
     'head.kernel': theirs['head.weight'].T,
     'head.bias': theirs['head.bias'],
   }
-  for i, layer in enumerate(_layers(theirs)):
-    ours |= {f'blocks.{i}.{k}': v for k, v in _layer_from(layer).items()}
+  for prefix, layer in weight_files.by_layer(theirs):
+    ours |= {prefix + k: v for k, v in _layer_from(layer).items()}
 
   def array(name: str, param: nnx.Variable) -> np.ndarray:
     arrays = [ours[name] for name in _layer_names(name, param)]

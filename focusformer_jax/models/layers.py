@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Shaped
 import numpy as np
 
 from focusformer_jax.models import attention as attention_lib
+from focusformer_jax.models import positions
 from focusformer_jax.spaces import search_space
 
 Module = TypeVar('Module', bound=nnx.Module)
@@ -244,52 +245,6 @@ class RelativePosition(nnx.Module):
     self.columns = _normal(rngs, std, shape, (None, None))
 
 
-def distance_index(
-  grid: int, max_distance: int
-) -> Int[np.ndarray, '{grid}+1 {grid}+1']:
-  """Table entry of (query, key) along one axis; the last is the class token."""
-  position = np.arange(grid)
-  distance = np.clip(
-    position[None, :] - position[:, None], -max_distance, max_distance
-  )
-  return np.pad(distance + max_distance + 1, (0, 1)).astype(np.int32)
-
-
-def token_coordinates(grid: int, tokens: int) -> Int[np.ndarray, '2 N']:
-  """Row and column of every token; all before the patches are at (G, G)."""
-  patches = np.stack(np.divmod(np.arange(grid**2), grid))
-  first = np.full((2, tokens - grid**2), grid)
-  return np.concatenate([first, patches], axis=1)
-
-
-# exp(MASKED_LOGIT * K**-0.5) is 0, and bfloat16 has the number.
-MASKED_LOGIT = -(2.0**14)
-
-
-def position_features(grid: int) -> int:
-  """R: a row and a column of each kind and 1, padded for cuDNN's kernels."""
-  return math.ceil((2 * (grid + 1) + 1) / 8) * 8
-
-
-def one_hot_coordinates(
-  grid: int, tokens: int, padding: int = 0
-) -> Float[np.ndarray, 'N R']:
-  """Row, then column of every token as one-hot vectors, then zeros.
-
-  Args:
-    grid: patches along one side.
-    tokens: number of tokens.
-    padding: number of tokens after them that nothing may attend to: their last
-      feature lowers a logit, as the last feature of each query is 1.
-  """
-  rows, columns = token_coordinates(grid, tokens)
-  coordinates = np.zeros((tokens + padding, position_features(grid)))
-  coordinates[np.arange(tokens), rows] = 1
-  coordinates[np.arange(tokens), grid + 1 + columns] = 1
-  coordinates[tokens:, -1] = MASKED_LOGIT
-  return coordinates
-
-
 class Attention(nnx.Module):
   """Self-attention with 2-D relative position for keys and values.
 
@@ -383,7 +338,7 @@ class Attention(nnx.Module):
     padding = tokens - self.tokens
     if self.max_distance or padding:
       coordinates_NR = jnp.asarray(
-        one_hot_coordinates(self.grid, self.tokens, padding), dtype
+        positions.one_hot_coordinates(self.grid, self.tokens, padding), dtype
       )
     else:
       coordinates_NR = jnp.zeros((tokens, 0), dtype)
@@ -414,7 +369,7 @@ class Attention(nnx.Module):
   ) -> Float[Array, 'N R K']:
     """For each query, the vectors of every key row, then column, then zeros."""
     grid = self.grid
-    index = jnp.asarray(distance_index(grid, self.max_distance))
+    index = jnp.asarray(positions.distance_index(grid, self.max_distance))
     rows, columns = (
       look_up(table.get_value(), index)
       for table in (position.rows, position.columns)
@@ -434,7 +389,7 @@ class Attention(nnx.Module):
     # Every patch has the vectors of its row, and those of its column.
     rows = others_first(rows, jnp.broadcast_to(rows[:-1, None], places))
     columns = others_first(columns, jnp.broadcast_to(columns[:-1], places))
-    padding = position_features(grid) - 2 * (grid + 1)
+    padding = positions.num_features(grid) - 2 * (grid + 1)
     seen = jnp.concatenate([rows, columns], axis=1)
     padded = (0, tokens - self.tokens), (0, padding), (0, 0)
     return jnp.pad(seen, padded).astype(dtype)

@@ -1,13 +1,15 @@
-"""Position embeddings on a grid of another size.
+"""Positions on the grid of patches: embeddings of another size, coordinates.
 
 Letters: `G` patches along one side, `I` patches along one side of the new
 grid, `T` rows of an embedding, those before the patches included, `U` rows of
-the new embedding, `D` width.
+the new embedding, `D` width, `N` tokens, `R` features of relative position.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 
@@ -57,3 +59,49 @@ def _cubic_weights(grid: int, new_grid: int) -> Float[np.ndarray, 'I G']:
     columns = np.clip(rows, 0, grid - 1).astype(int)
     weights_IG[np.arange(new_grid), columns] += np.where(x <= 1, near, far)
   return weights_IG
+
+
+def distance_index(
+  grid: int, max_distance: int
+) -> Int[np.ndarray, '{grid}+1 {grid}+1']:
+  """Table entry of (query, key) along one axis; the last is the class token."""
+  position = np.arange(grid)
+  distance = np.clip(
+    position[None, :] - position[:, None], -max_distance, max_distance
+  )
+  return np.pad(distance + max_distance + 1, (0, 1)).astype(np.int32)
+
+
+def token_coordinates(grid: int, tokens: int) -> Int[np.ndarray, '2 N']:
+  """Row and column of every token; all before the patches are at (G, G)."""
+  patches = np.stack(np.divmod(np.arange(grid**2), grid))
+  first = np.full((2, tokens - grid**2), grid)
+  return np.concatenate([first, patches], axis=1)
+
+
+# exp(MASKED_LOGIT * K**-0.5) is 0, and bfloat16 has the number.
+MASKED_LOGIT = -(2.0**14)
+
+
+def num_features(grid: int) -> int:
+  """R: a row and a column of each kind and 1, padded for cuDNN's kernels."""
+  return math.ceil((2 * (grid + 1) + 1) / 8) * 8
+
+
+def one_hot_coordinates(
+  grid: int, tokens: int, padding: int = 0
+) -> Float[np.ndarray, 'N R']:
+  """Row, then column of every token as one-hot vectors, then zeros.
+
+  Args:
+    grid: patches along one side.
+    tokens: number of tokens.
+    padding: number of tokens after them that nothing may attend to: their last
+      feature lowers a logit, as the last feature of each query is 1.
+  """
+  rows, columns = token_coordinates(grid, tokens)
+  coordinates = np.zeros((tokens + padding, num_features(grid)))
+  coordinates[np.arange(tokens), rows] = 1
+  coordinates[np.arange(tokens), grid + 1 + columns] = 1
+  coordinates[tokens:, -1] = MASKED_LOGIT
+  return coordinates

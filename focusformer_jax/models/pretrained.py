@@ -30,9 +30,10 @@ from focusformer_jax.models import layers
 from focusformer_jax.models import positions
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
+from focusformer_jax.models import weight_files
 from focusformer_jax.spaces import search_space
 
-StateDict = Mapping[str, np.ndarray]
+StateDict = weight_files.StateDict
 
 HEAD_DIM = 64
 

@@ -7,15 +7,15 @@ Letters: `P` patch size, `I` channels of an image, `D` width, `T` entries of a
 table of relative positions, `K` head dim.
 """
 
-from collections.abc import Iterator, Mapping
-import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from focusformer_jax.models import weight_files
 from focusformer_jax.spaces import search_space
 
-StateDict = Mapping[str, np.ndarray]
+StateDict = weight_files.StateDict
 
 # Arrays of a layer that need no transposition; names follow `blocks.<layer>.`.
 SAME = {
@@ -71,7 +71,7 @@ def to_timm(
   if geometry.num_classes:
     theirs['head.weight'] = ours['head.kernel'].T
     theirs['head.bias'] = ours['head.bias']
-  for prefix, layer in _layers(ours):
+  for prefix, layer in weight_files.by_layer(ours):
     theirs |= {prefix + k: v for k, v in _layer_to(layer, width).items()}
   return {name: np.ascontiguousarray(array) for name, array in theirs.items()}
 
@@ -109,7 +109,7 @@ def from_timm(
   if geometry.num_classes:
     ours['head.kernel'] = theirs['head.weight'].T
     ours['head.bias'] = theirs['head.bias']
-  for prefix, layer in _layers(theirs):
+  for prefix, layer in weight_files.by_layer(theirs):
     ours |= {prefix + k: v for k, v in _layer_from(layer).items()}
   return {name: ours[name].reshape(shape) for name, shape in shapes.items()}
 
@@ -173,20 +173,6 @@ def create_model(description: Mapping[str, Any]) -> str | None:
 
 def _norm(pool: str) -> str:
   return 'fc_norm' if pool == 'fc_norm' else 'norm'
-
-
-def _layers(arrays: StateDict) -> Iterator[tuple[str, StateDict]]:
-  """The prefix of each layer, and its arrays by what follows it."""
-  for i in itertools.count():
-    prefix = f'blocks.{i}.'
-    layer = {
-      name.removeprefix(prefix): array
-      for name, array in arrays.items()
-      if name.startswith(prefix)
-    }
-    if not layer:
-      return
-    yield prefix, layer
 
 
 def _layer_to(ours: StateDict, width: int) -> dict[str, np.ndarray]:

@@ -1,6 +1,8 @@
-"""Files of PyTorch's tensors: state dicts, from names to arrays."""
+"""State dicts, from names to arrays, and the files that PyTorch has of them."""
 
+from collections.abc import Iterator, Mapping
 import io
+import itertools
 import re
 
 from etils import epath
@@ -11,6 +13,8 @@ from focusformer_jax import errors
 
 with epy.lazy_imports():
   import safetensors
+
+StateDict = Mapping[str, np.ndarray]
 
 # How types begin in safetensors files, and in NumPy.
 TYPES = {'F': 'float', 'BF': 'bfloat', 'I': 'int', 'U': 'uint'}
@@ -82,3 +86,20 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
   return {
     name: tensor.to(torch.float32).numpy() for name, tensor in loaded.items()
   }
+
+
+def by_layer(state_dict: StateDict) -> Iterator[tuple[str, StateDict]]:
+  """The prefix `blocks.<layer>.` of each layer, and its arrays by what follows.
+
+  Ends at the first layer that has no arrays.
+  """
+  for i in itertools.count():
+    prefix = f'blocks.{i}.'
+    layer = {
+      name.removeprefix(prefix): array
+      for name, array in state_dict.items()
+      if name.startswith(prefix)
+    }
+    if not layer:
+      return
+    yield prefix, layer

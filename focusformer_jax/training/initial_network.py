@@ -196,6 +196,8 @@ def _prepare(
       f'config.train.initial: wanted a network for {settings.data.name}, '
       f'{experiment.geometry}, found one for {network.geometry}'
     )
+  # All have to find that it is not there before process 0 writes it.
+  multihost_utils.sync_global_devices('the initial network is read')
   if jax.process_index() == 0:
     description |= {'made_with': _facts(settings)}
     method = settings.pretrained.importance

@@ -14,6 +14,7 @@ import optax
 
 from focusformer_jax import sharding
 from focusformer_jax.data import augment
+from focusformer_jax.models import layers
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
 from focusformer_jax.sampler import conditional
@@ -89,7 +90,7 @@ def supernet_step(
       state.step / settings.train.steps,
       archs,
     )
-    weight_B = jnp.repeat(weight_S, len(batch['label']) // len(weight_S))
+    weight_B = layers.by_example(weight_S, len(batch['label']))
 
   def loss_fn(supernet: supernet_lib.Supernet):
     def run(archs):
