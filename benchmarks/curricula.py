@@ -12,21 +12,19 @@ draws per budget. With `--alone`, the architectures that focus answers to some
 budgets are also trained from new weights, for as many updates as the supernet.
 Prints tables, and draws a plot beside the JSON.
 
-`--job` is one of `JOBS` or a config file, such as `configs/cifar100.py`; a
-config's `train.steps` are those of the uniform curriculum. The numbers of steps
-are chosen for equal multiply-adds, including scores on held-out images. The
-table has the actual numbers; where they differ by over 2%, the program prints
-the number of steps that would be equal. The workdir keeps all runs, and a
-repeated command resumes. `--only` selects curricula or ablations of `VARIANTS`.
+`--job` is a name or a config file, such as `configs/cifar100.py`; a config's
+`train.steps` are those of the uniform curriculum. The numbers of steps are
+chosen for equal multiply-adds, including scores on held-out images. The table
+has the actual numbers; where they differ by over 2%, the program prints the
+number of steps that would be equal. The workdir keeps all runs, and a repeated
+command resumes. `--only` selects curricula or ablations. `curricula_jobs.py`
+has all names.
 """
 
 import argparse
-from collections.abc import Callable
-import dataclasses
 import json
 import os
 import pathlib
-import runpy
 import sys
 from typing import Any
 
@@ -37,14 +35,12 @@ from absl import flags
 from absl import logging
 from etils import epath
 import jax
-import matplotlib
-import ml_collections
 import numpy as np
 from pymoo.indicators import hv
 from scipy import stats
 
-from configs import digits
-from configs import fashion_mnist
+from benchmarks import curricula_jobs as jobs
+from benchmarks import curricula_tables as tables
 from focusformer_jax import config as config_lib
 from focusformer_jax import sharding
 from focusformer_jax import stages
@@ -52,175 +48,6 @@ from focusformer_jax.deploy import retrain
 from focusformer_jax.models import vit
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import train
-
-matplotlib.use('agg')
-from matplotlib import pyplot as plt
-
-CURRICULA = ('uniform', 'uniform_cost', 'sandwich', 'attentive', 'focus')
-
-# Subnets that every search scores beside its answers.
-ENDS = ('smallest', 'largest')
-
-# Suffix of rows whose networks are the best of random draws.
-RANDOM = ', random draws'
-
-PATCHES_OF_7 = {
-  'supernet.patch_size': 7,
-  'data.heldout': 0.02,
-  'data.eval_batch_size': 400,
-  'sampler.every': 10,
-  'sampler.batch_size': 32,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """A data set with its model, for all curricula.
-
-  Args:
-    name: Name of the directory of its runs.
-    get_config: Makes its config.
-    changes: Keys that differ from there.
-    steps: Steps of the uniform curriculum; None for those of the config.
-    long: Whether sampler and evolution are all that is asked for answers, and
-      the sampler's candidates are evaluated on held-out images.
-  """
-
-  name: str
-  get_config: Callable[[], ml_collections.ConfigDict]
-  changes: dict[str, Any] = dataclasses.field(default_factory=dict)
-  steps: int | None = None
-  long: bool = True
-
-
-JOBS = {
-  job.name: job
-  for job in (
-    Job('digits', digits.get_config, {}, 1200, long=False),
-    Job(
-      'fashion_mnist', fashion_mnist.get_config, PATCHES_OF_7, 1500, long=False
-    ),
-    Job('fashion_mnist_long', fashion_mnist.get_config, PATCHES_OF_7, 4500),
-    Job('fashion_mnist_longer', fashion_mnist.get_config, PATCHES_OF_7, 13_500),
-  )
-}
-
-
-def find_job(name: str) -> Job:
-  """One of `JOBS`, or the job of a config file with an optional `:variant`.
-
-  Raises:
-    argparse.ArgumentTypeError: There is neither.
-  """
-  if name in JOBS:
-    return JOBS[name]
-  path, _, variant = name.partition(':')
-  if not pathlib.Path(path).is_file():
-    raise argparse.ArgumentTypeError(
-      f'wanted one of {", ".join(JOBS)} or a config file, found {name}'
-    )
-  get_config = runpy.run_path(path)['get_config']
-  stem = f'{pathlib.Path(path).stem}_{variant}'.rstrip('_')
-  return Job(stem, lambda: get_config(*([variant] if variant else [])))
-
-
-# Changes to the job, by name of the row. `share` is the number of steps divided
-# by that of the uniform curriculum, chosen for equal compute.
-VARIANTS: dict[str, dict[str, Any]] = {
-  'uniform': {},
-  'uniform_cost': {'share': 1.0},
-  'sandwich': {'share': 0.27, 'distillation.loss': 'kl'},
-  'sandwich, no distillation': {'share': 0.8},
-  'attentive': {'share': 0.43},
-  'focus': {'share': 1.004},
-  # The default until November 2026:
-  'focus, as before': {
-    'share': 1.22,
-    'sampler.window': 0.0,
-    'curriculum.strata': False,
-  },
-  # Others:
-  'focus, steered': {
-    'share': 0.9725,
-    'sampler.target_entropy': 0.6,
-    'sampler.final_target_entropy': 0.25,
-    'sampler.shrink': True,
-    'curriculum.largest': 0.1,
-  },
-  'focus, concentrated': {
-    'share': 0.955,
-    'curriculum.warmup': 0.2,
-    'curriculum.final_epsilon': 0.0,
-    'curriculum.largest': 0.2,
-    'curriculum.decay': (1.5, 0.5),
-    'sampler.target_entropy': 0.6,
-    'sampler.final_target_entropy': 0.1,
-    'sampler.steering': 0.1,
-    'sampler.shrink': True,
-  },
-  # Ablations of focus:
-  'focus, no window': {'share': 1.1, 'sampler.window': 0.0},
-  'focus, no strata': {'curriculum.strata': False},
-  'focus, largest 0.1': {'share': 0.98, 'curriculum.largest': 0.1},
-  'focus, decay': {'curriculum.decay': (1.5, 0.5)},
-  'focus, target entropy': {
-    'sampler.target_entropy': 0.6,
-    'sampler.final_target_entropy': 0.25,
-  },
-  'focus, shrunk advantages': {'sampler.shrink': True},
-  'focus, tilt 1': {'share': 0.85, 'curriculum.tilt': 1.0},
-  'focus, warm-up 0.2': {'curriculum.warmup': 0.2},
-  'focus, epsilon 0.2 to 0': {'curriculum.final_epsilon': 0.0},
-  'focus, accuracy': {'sampler.reward': 'accuracy'},
-  'focus, MnasNet': {'sampler.reward': 'mnasnet'},
-  'focus, Pareto rank': {
-    'sampler.reward': 'pareto',
-    'sampler.budgets_per_update': 4,
-    'sampler.every': 32,
-  },
-  'focus, penalty': {'sampler.constraint': 'penalty', 'sampler.window': 0.0},
-  'focus, S=1': {'curriculum.subnets': 1},
-  'focus, S=8': {'curriculum.subnets': 8},
-  'focus, slow sampler': {'sampler.learning_rate': 3e-3},
-  'focus, linear budgets': {'share': 0.8, 'sampler.budgets': 'linear'},
-  'focus, distillation': {'share': 0.28, 'distillation.loss': 'kl'},
-  'focus, untouched held': {'optimizer.hold_untouched': True},
-  'focus, average': {'optimizer.ema': 0.998},
-}
-
-
-def settings_of(
-  job: Job, variant: str, seed: int, more: dict[str, Any] | None = None
-) -> config_lib.Settings:
-  """Settings of one run; `more` overrides keys."""
-  config = job.get_config()
-  changes = job.changes | VARIANTS[variant]
-  steps = round(changes.pop('share', 1.0) * (job.steps or config.train.steps))
-  name = variant.partition(',')[0]
-  method = 'sampler' if name == 'focus' else 'evolution'
-  changes |= {
-    'seed': seed,
-    'curriculum.name': name,
-    'train.steps': steps,
-    'train.eval_every': steps,
-    'train.checkpoint_every': -(-steps // 4),
-    'search.method': (method,) if job.long else (method, 'random'),
-    'search.candidates': 16 if job.long else 0,
-    'search.random': 32,
-    'search.population': 32,
-    'search.generations': 5,
-  }
-  with config.unlocked(), config.ignore_type():
-    config.update_from_flattened_dict(changes | (more or {}))
-  return config_lib.parse(config)
-
-
-def folder_of(
-  workdir: epath.Path, job: Job, variant: str, seed: int
-) -> epath.Path:
-  """Workdir of one run."""
-  name = f'{variant}-{seed}'.replace(', ', '-').replace(' ', '_')
-  return workdir / job.name / name
 
 
 def outcome(
@@ -310,7 +137,7 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
           if row['method'] == end
         ]
       )
-      for end in ENDS
+      for end in tables.ENDS
     }
     | {
       'evaluations': sum(row['evaluations'] for row in rows[0]),
@@ -325,85 +152,6 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
   )
 
 
-def lead(ours: dict[str, float], other: dict[str, float], scale: float) -> str:
-  """Difference of two means and, in brackets, in standard errors."""
-  difference = ours['mean'] - other['mean']
-  error = np.hypot(ours['standard_error'], other['standard_error'])
-  return f'{scale * difference:+.4g} ({difference / max(error, 1e-9):+.1f})'
-
-
-def leads(summaries: dict[str, dict[str, Any]], name: str) -> str:
-  """Markdown table of one curriculum's lead over each of the others."""
-  ours = summaries[name]
-  heading = [f'{name} against', *(f'{b / 1e6:.2f}M' for b in ours['budgets'])]
-  heading += ['hypervolume']
-  lines = [heading, ['---'] * len(heading)]
-  for other, found in summaries.items():
-    if other != name:
-      pairs = zip(ours['test_accuracy'], found['test_accuracy'], strict=True)
-      cells = [lead(*pair, scale=100) for pair in pairs]
-      cells.append(lead(ours['hypervolume'], found['hypervolume'], scale=1))
-      lines.append([other, *cells])
-  return markdown(lines)
-
-
-def markdown(lines: list[list[str]]) -> str:
-  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
-def table(summaries: dict[str, dict[str, Any]]) -> str:
-  """Markdown table: accuracies in percent, mean ± standard error."""
-  budgets = next(iter(summaries.values()))['budgets']
-  heading = ['curriculum', 'proposes', *(f'{b / 1e6:.2f}M' for b in budgets)]
-  heading += [*ENDS, 'hypervolume', 'evaluations', 'seconds', 'TMACs']
-  lines = [heading, ['---'] * len(heading)]
-  for name, found in summaries.items():
-    volume = found['hypervolume']
-    accuracies = [*found['test_accuracy'], *(found[end] for end in ENDS)]
-    lines.append(
-      [
-        name,
-        found['method'],
-        *(
-          f'{100 * a["mean"]:.1f} ± {100 * a["standard_error"]:.1f}'
-          for a in accuracies
-        ),
-        f'{volume["mean"]:.4f} ± {volume["standard_error"]:.4f}',
-        f'{found["evaluations"]:,}',
-        f'{found["seconds"]:.3g}',
-        f'{found["gigamacs"] / 1e3:.2f}',
-      ]
-    )
-  return markdown(lines)
-
-
-def plot(summaries: dict[str, dict[str, Any]], path: pathlib.Path, job: str):
-  """Plots test accuracy over budget, one line per curriculum."""
-  figure, axes = plt.subplots(figsize=(7, 5), layout='constrained')
-  for name, found in summaries.items():
-    if name.endswith(RANDOM):
-      continue
-    axes.errorbar(
-      found['budgets'],
-      [100 * a['mean'] for a in found['test_accuracy']],
-      [100 * a['standard_error'] for a in found['test_accuracy']],
-      marker='o',
-      capsize=3,
-      label=name,
-    )
-  budgets = next(iter(summaries.values()))['budgets']
-  axes.set_xscale('log')
-  axes.set_xticks(budgets, [f'{budget / 1e6:.2f}M' for budget in budgets])
-  axes.set_xticks([], minor=True)
-  axes.set_xlabel('budget, MACs of one image')
-  axes.set_ylabel('test accuracy, %')
-  axes.set_title(f'{job}: test accuracy of each curriculum')
-  axes.grid(alpha=0.3)
-  figure.legend(loc='outside lower center', ncols=3)
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
-
-
 def keep_compiled_programs(workdir: os.PathLike):
   """Caches compiled programs in the workdir, unless JAX has a cache already."""
   if jax.config.jax_compilation_cache_dir is None:
@@ -412,7 +160,7 @@ def keep_compiled_programs(workdir: os.PathLike):
 
 
 def trained_alone(
-  job: Job,
+  job: jobs.Job,
   seed: int,
   steps: int,
   network: epath.Path,
@@ -429,7 +177,7 @@ def trained_alone(
   """
   if not (workdir / 'retrain/results.json').exists():
     print(f'alone: {network.parent.name}, seed {seed}', flush=True)
-    optimizer = settings_of(job, 'uniform', seed).optimizer
+    optimizer = jobs.settings_of(job, 'uniform', seed).optimizer
     recipe = {
       'retrain.network': str(network),
       'retrain.inherit': False,
@@ -440,7 +188,7 @@ def trained_alone(
       f'retrain.optimizer.{key}': getattr(optimizer, key)
       for key in ('learning_rate', 'warmup_steps')
     }
-    retrain.retrain(settings_of(job, 'uniform', seed, recipe), workdir)
+    retrain.retrain(jobs.settings_of(job, 'uniform', seed, recipe), workdir)
   results = json.loads((workdir / 'retrain/results.json').read_text())
   return results['test_accuracy_after']
 
@@ -463,7 +211,7 @@ def save_network(
 
 
 def alone(
-  job: Job,
+  job: jobs.Job,
   variant: str,
   workdir: epath.Path,
   runs: list[dict[str, Any]],
@@ -487,10 +235,10 @@ def alone(
   for seed, run in enumerate(runs):
     answers = [row for row in run['rows'] if row['method'] == 'sampler']
     answers.sort(key=lambda row: row['budget'])
-    folder = folder_of(workdir, job, variant, seed)
+    folder = jobs.folder_of(workdir, job, variant, seed)
     for number in chosen:
       row = answers[number - 1]
-      network = save_network(folder, settings_of(job, variant, seed), row)
+      network = save_network(folder, jobs.settings_of(job, variant, seed), row)
       accuracy = trained_alone(
         job,
         seed,
@@ -521,47 +269,16 @@ def alone(
   return rows
 
 
-def alone_table(rows: list[dict[str, Any]]) -> str:
-  """Markdown table of `alone`."""
-  heading = ['budget', 'MACs', 'inherited', 'alone', 'inherited - alone']
-  lines = [heading, ['---'] * len(heading)]
-  for row in rows:
-    inherited, value = 100 * row['inherited'], 100 * row['alone']
-    lines.append(
-      [
-        f'{row["budget"] / 1e6:.2f}M',
-        f'{row["macs"] / 1e6:.2f}M',
-        f'{inherited:.1f}',
-        f'{value:.1f}',
-        f'{inherited - value:+.1f}',
-      ]
-    )
-  return markdown(lines)
-
-
-def unequal(summaries: dict[str, dict[str, Any]]) -> list[str]:
-  """Lines on rows whose compute is over 2% from that of the first one."""
-  first, *rest = summaries
-  equal, lines = summaries[first]['gigamacs'], []
-  for name in rest:
-    ratio = summaries[name]['gigamacs'] / equal
-    if not name.endswith(RANDOM) and abs(ratio - 1) > 0.02:
-      steps = round(summaries[name]['steps'] / ratio)
-      lines.append(
-        f'{name}: {ratio:.2f} times the multiply-adds of {first}; '
-        f'{steps:,} steps would be equal'
-      )
-  return lines
-
-
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--job', type=find_job, required=True)
+  parser.add_argument('--job', type=jobs.find_job, required=True)
   parser.add_argument('--workdir', type=epath.Path, required=True)
   parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--only', nargs='+', choices=VARIANTS, default=CURRICULA)
+  parser.add_argument(
+    '--only', nargs='+', choices=jobs.VARIANTS, default=jobs.CURRICULA
+  )
   parser.add_argument(
     '--alone',
     type=int,
@@ -588,20 +305,20 @@ def main():
   for seed in range(args.seeds):
     for name in args.only:
       print(f'{name}, seed {seed}', flush=True)
-      folder = folder_of(args.workdir, args.job, name, seed)
-      runs[name].append(outcome(settings_of(args.job, name, seed), folder))
+      folder = jobs.folder_of(args.workdir, args.job, name, seed)
+      runs[name].append(outcome(jobs.settings_of(args.job, name, seed), folder))
 
   summaries = {}
   for name, found in runs.items():
     own = 'sampler' if name.startswith('focus') else 'evolution'
     summaries[name] = summary(found, own)
     if not args.job.long:
-      summaries[name + RANDOM] = summary(found, 'random')
-  print(table(summaries))
-  print(*unequal(summaries), sep='\n')
+      summaries[name + tables.RANDOM] = summary(found, 'random')
+  print(tables.table(summaries))
+  print(*tables.unequal(summaries), sep='\n')
   if 'focus' in summaries:
     print('\nLead in points of test accuracy (in standard errors):\n')
-    print(leads(summaries, 'focus'))
+    print(tables.leads(summaries, 'focus'))
   result = {'seeds': list(range(args.seeds)), 'curricula': summaries}
   if args.alone:
     result['alone'] = alone(
@@ -611,10 +328,10 @@ def main():
       runs['focus'][: args.alone_seeds],
       args.alone,
     )
-    print('\n' + alone_table(result['alone']))
+    print('\n' + tables.alone_table(result['alone']))
   if args.json:
     args.json.write_text(json.dumps(result, indent=2) + '\n')
-    plot(summaries, args.json.with_suffix('.png'), args.job.name)
+    tables.plot(summaries, args.json.with_suffix('.png'), args.job.name)
 
 
 if __name__ == '__main__':

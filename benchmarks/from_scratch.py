@@ -29,6 +29,8 @@ from etils import epath
 import numpy as np
 
 from benchmarks import curricula
+from benchmarks import curricula_jobs as jobs
+from benchmarks import curricula_tables as tables
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import train
@@ -75,12 +77,10 @@ def candidates(
   return list(rows.values())
 
 
-def restore(
-  job: curricula.Job, curriculum: str, supernet: int, runs: pathlib.Path
-):
+def restore(job: jobs.Job, curriculum: str, supernet: int, runs: pathlib.Path):
   """The experiment of one seed and its final state."""
   experiment = experiment_lib.create(
-    curricula.settings_of(job, curriculum, supernet)
+    jobs.settings_of(job, curriculum, supernet)
   )
   workdir = epath.Path(runs / f'{curriculum}-{supernet}')
   with train.open_checkpoints(experiment, workdir) as checkpoints:
@@ -88,7 +88,7 @@ def restore(
 
 
 def rivals(
-  job: curricula.Job, row: dict[str, Any], runs: pathlib.Path
+  job: jobs.Job, row: dict[str, Any], runs: pathlib.Path
 ) -> list[dict[str, Any]]:
   """The two best networks of equal cost but other depth or width."""
   experiment, state = restore(job, 'uniform', row['supernet'], runs)
@@ -123,7 +123,7 @@ def rivals(
 
 
 def inherited(
-  job: curricula.Job, rows: list[dict[str, Any]], runs: pathlib.Path
+  job: jobs.Job, rows: list[dict[str, Any]], runs: pathlib.Path
 ) -> None:
   """Adds test accuracies with the inherited weights of one seed's supernets."""
   for curriculum in ('focus', 'uniform'):
@@ -137,7 +137,7 @@ def inherited(
 
 
 def trained_alone(
-  job: curricula.Job,
+  job: jobs.Job,
   row: dict[str, Any],
   runs: pathlib.Path,
   steps: int,
@@ -145,7 +145,7 @@ def trained_alone(
 ) -> dict[str, float]:
   """Mean test accuracy over seeds; rows of one architecture share trainings."""
   name = f'uniform-{row["supernet"]}'
-  settings = curricula.settings_of(job, 'uniform', row['supernet'])
+  settings = jobs.settings_of(job, 'uniform', row['supernet'])
   network = curricula.save_network(epath.Path(runs / name), settings, row)
   return curricula.mean_and_error(
     [
@@ -177,14 +177,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         f'{100 * alone["mean"]:.1f} ± {100 * alone["standard_error"]:.1f}',
       ]
     )
-  return curricula.markdown(lines)
+  return tables.markdown(lines)
 
 
 def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--job', type=curricula.find_job, required=True)
+  parser.add_argument('--job', type=jobs.find_job, required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument(
     '--budgets',

@@ -1,0 +1,175 @@
+"""The jobs that `curricula.py` compares curricula on, and the curricula."""
+
+import argparse
+from collections.abc import Callable
+import dataclasses
+import pathlib
+import runpy
+from typing import Any
+
+from etils import epath
+import ml_collections
+
+from configs import digits
+from configs import fashion_mnist
+from focusformer_jax import config as config_lib
+
+CURRICULA = ('uniform', 'uniform_cost', 'sandwich', 'attentive', 'focus')
+
+PATCHES_OF_7 = {
+  'supernet.patch_size': 7,
+  'data.heldout': 0.02,
+  'data.eval_batch_size': 400,
+  'sampler.every': 10,
+  'sampler.batch_size': 32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A data set with its model, for all curricula.
+
+  Args:
+    name: Name of the directory of its runs.
+    get_config: Makes its config.
+    changes: Keys that differ from there.
+    steps: Steps of the uniform curriculum; None for those of the config.
+    long: Whether sampler and evolution are all that is asked for answers, and
+      the sampler's candidates are evaluated on held-out images.
+  """
+
+  name: str
+  get_config: Callable[[], ml_collections.ConfigDict]
+  changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+  steps: int | None = None
+  long: bool = True
+
+
+JOBS = {
+  job.name: job
+  for job in (
+    Job('digits', digits.get_config, {}, 1200, long=False),
+    Job(
+      'fashion_mnist', fashion_mnist.get_config, PATCHES_OF_7, 1500, long=False
+    ),
+    Job('fashion_mnist_long', fashion_mnist.get_config, PATCHES_OF_7, 4500),
+    Job('fashion_mnist_longer', fashion_mnist.get_config, PATCHES_OF_7, 13_500),
+  )
+}
+
+
+def find_job(name: str) -> Job:
+  """One of `JOBS`, or the job of a config file with an optional `:variant`.
+
+  Raises:
+    argparse.ArgumentTypeError: There is neither.
+  """
+  if name in JOBS:
+    return JOBS[name]
+  path, _, variant = name.partition(':')
+  if not pathlib.Path(path).is_file():
+    raise argparse.ArgumentTypeError(
+      f'wanted one of {", ".join(JOBS)} or a config file, found {name}'
+    )
+  get_config = runpy.run_path(path)['get_config']
+  stem = f'{pathlib.Path(path).stem}_{variant}'.rstrip('_')
+  return Job(stem, lambda: get_config(*([variant] if variant else [])))
+
+
+# Changes to the job, by name of the row. `share` is the number of steps divided
+# by that of the uniform curriculum, chosen for equal compute.
+VARIANTS: dict[str, dict[str, Any]] = {
+  'uniform': {},
+  'uniform_cost': {'share': 1.0},
+  'sandwich': {'share': 0.27, 'distillation.loss': 'kl'},
+  'sandwich, no distillation': {'share': 0.8},
+  'attentive': {'share': 0.43},
+  'focus': {'share': 1.004},
+  # The default until November 2026:
+  'focus, as before': {
+    'share': 1.22,
+    'sampler.window': 0.0,
+    'curriculum.strata': False,
+  },
+  # Others:
+  'focus, steered': {
+    'share': 0.9725,
+    'sampler.target_entropy': 0.6,
+    'sampler.final_target_entropy': 0.25,
+    'sampler.shrink': True,
+    'curriculum.largest': 0.1,
+  },
+  'focus, concentrated': {
+    'share': 0.955,
+    'curriculum.warmup': 0.2,
+    'curriculum.final_epsilon': 0.0,
+    'curriculum.largest': 0.2,
+    'curriculum.decay': (1.5, 0.5),
+    'sampler.target_entropy': 0.6,
+    'sampler.final_target_entropy': 0.1,
+    'sampler.steering': 0.1,
+    'sampler.shrink': True,
+  },
+  # Ablations of focus:
+  'focus, no window': {'share': 1.1, 'sampler.window': 0.0},
+  'focus, no strata': {'curriculum.strata': False},
+  'focus, largest 0.1': {'share': 0.98, 'curriculum.largest': 0.1},
+  'focus, decay': {'curriculum.decay': (1.5, 0.5)},
+  'focus, target entropy': {
+    'sampler.target_entropy': 0.6,
+    'sampler.final_target_entropy': 0.25,
+  },
+  'focus, shrunk advantages': {'sampler.shrink': True},
+  'focus, tilt 1': {'share': 0.85, 'curriculum.tilt': 1.0},
+  'focus, warm-up 0.2': {'curriculum.warmup': 0.2},
+  'focus, epsilon 0.2 to 0': {'curriculum.final_epsilon': 0.0},
+  'focus, accuracy': {'sampler.reward': 'accuracy'},
+  'focus, MnasNet': {'sampler.reward': 'mnasnet'},
+  'focus, Pareto rank': {
+    'sampler.reward': 'pareto',
+    'sampler.budgets_per_update': 4,
+    'sampler.every': 32,
+  },
+  'focus, penalty': {'sampler.constraint': 'penalty', 'sampler.window': 0.0},
+  'focus, S=1': {'curriculum.subnets': 1},
+  'focus, S=8': {'curriculum.subnets': 8},
+  'focus, slow sampler': {'sampler.learning_rate': 3e-3},
+  'focus, linear budgets': {'share': 0.8, 'sampler.budgets': 'linear'},
+  'focus, distillation': {'share': 0.28, 'distillation.loss': 'kl'},
+  'focus, untouched held': {'optimizer.hold_untouched': True},
+  'focus, average': {'optimizer.ema': 0.998},
+}
+
+
+def settings_of(
+  job: Job, variant: str, seed: int, more: dict[str, Any] | None = None
+) -> config_lib.Settings:
+  """Settings of one run; `more` overrides keys."""
+  config = job.get_config()
+  changes = job.changes | VARIANTS[variant]
+  steps = round(changes.pop('share', 1.0) * (job.steps or config.train.steps))
+  name = variant.partition(',')[0]
+  method = 'sampler' if name == 'focus' else 'evolution'
+  changes |= {
+    'seed': seed,
+    'curriculum.name': name,
+    'train.steps': steps,
+    'train.eval_every': steps,
+    'train.checkpoint_every': -(-steps // 4),
+    'search.method': (method,) if job.long else (method, 'random'),
+    'search.candidates': 16 if job.long else 0,
+    'search.random': 32,
+    'search.population': 32,
+    'search.generations': 5,
+  }
+  with config.unlocked(), config.ignore_type():
+    config.update_from_flattened_dict(changes | (more or {}))
+  return config_lib.parse(config)
+
+
+def folder_of(
+  workdir: epath.Path, job: Job, variant: str, seed: int
+) -> epath.Path:
+  """Workdir of one run."""
+  name = f'{variant}-{seed}'.replace(', ', '-').replace(' ', '_')
+  return workdir / job.name / name

@@ -1,0 +1,130 @@
+"""Tables in Markdown and a plot of what `curricula.py` measured."""
+
+import pathlib
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use('agg')
+from matplotlib import pyplot as plt
+
+# Subnets that every search scores beside its answers.
+ENDS = ('smallest', 'largest')
+
+# Suffix of rows whose networks are the best of random draws.
+RANDOM = ', random draws'
+
+Summary = dict[str, Any]
+
+
+def lead(ours: dict[str, float], other: dict[str, float], scale: float) -> str:
+  """Difference of two means and, in brackets, in standard errors."""
+  difference = ours['mean'] - other['mean']
+  error = np.hypot(ours['standard_error'], other['standard_error'])
+  return f'{scale * difference:+.4g} ({difference / max(error, 1e-9):+.1f})'
+
+
+def leads(summaries: dict[str, Summary], name: str) -> str:
+  """Markdown table of one curriculum's lead over each of the others."""
+  ours = summaries[name]
+  heading = [f'{name} against', *(f'{b / 1e6:.2f}M' for b in ours['budgets'])]
+  heading += ['hypervolume']
+  lines = [heading, ['---'] * len(heading)]
+  for other, found in summaries.items():
+    if other != name:
+      pairs = zip(ours['test_accuracy'], found['test_accuracy'], strict=True)
+      cells = [lead(*pair, scale=100) for pair in pairs]
+      cells.append(lead(ours['hypervolume'], found['hypervolume'], scale=1))
+      lines.append([other, *cells])
+  return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def table(summaries: dict[str, Summary]) -> str:
+  """Markdown table: accuracies in percent, mean ± standard error."""
+  budgets = next(iter(summaries.values()))['budgets']
+  heading = ['curriculum', 'proposes', *(f'{b / 1e6:.2f}M' for b in budgets)]
+  heading += [*ENDS, 'hypervolume', 'evaluations', 'seconds', 'TMACs']
+  lines = [heading, ['---'] * len(heading)]
+  for name, found in summaries.items():
+    volume = found['hypervolume']
+    accuracies = [*found['test_accuracy'], *(found[end] for end in ENDS)]
+    lines.append(
+      [
+        name,
+        found['method'],
+        *(
+          f'{100 * a["mean"]:.1f} ± {100 * a["standard_error"]:.1f}'
+          for a in accuracies
+        ),
+        f'{volume["mean"]:.4f} ± {volume["standard_error"]:.4f}',
+        f'{found["evaluations"]:,}',
+        f'{found["seconds"]:.3g}',
+        f'{found["gigamacs"] / 1e3:.2f}',
+      ]
+    )
+  return markdown(lines)
+
+
+def plot(summaries: dict[str, Summary], path: pathlib.Path, job: str):
+  """Plots test accuracy over budget, one line per curriculum."""
+  figure, axes = plt.subplots(figsize=(7, 5), layout='constrained')
+  for name, found in summaries.items():
+    if name.endswith(RANDOM):
+      continue
+    axes.errorbar(
+      found['budgets'],
+      [100 * a['mean'] for a in found['test_accuracy']],
+      [100 * a['standard_error'] for a in found['test_accuracy']],
+      marker='o',
+      capsize=3,
+      label=name,
+    )
+  budgets = next(iter(summaries.values()))['budgets']
+  axes.set_xscale('log')
+  axes.set_xticks(budgets, [f'{budget / 1e6:.2f}M' for budget in budgets])
+  axes.set_xticks([], minor=True)
+  axes.set_xlabel('budget, MACs of one image')
+  axes.set_ylabel('test accuracy, %')
+  axes.set_title(f'{job}: test accuracy of each curriculum')
+  axes.grid(alpha=0.3)
+  figure.legend(loc='outside lower center', ncols=3)
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def alone_table(rows: list[dict[str, Any]]) -> str:
+  """Markdown table of `alone`."""
+  heading = ['budget', 'MACs', 'inherited', 'alone', 'inherited - alone']
+  lines = [heading, ['---'] * len(heading)]
+  for row in rows:
+    inherited, value = 100 * row['inherited'], 100 * row['alone']
+    lines.append(
+      [
+        f'{row["budget"] / 1e6:.2f}M',
+        f'{row["macs"] / 1e6:.2f}M',
+        f'{inherited:.1f}',
+        f'{value:.1f}',
+        f'{inherited - value:+.1f}',
+      ]
+    )
+  return markdown(lines)
+
+
+def unequal(summaries: dict[str, Summary]) -> list[str]:
+  """Lines on rows whose compute is over 2% from that of the first one."""
+  first, *rest = summaries
+  equal, lines = summaries[first]['gigamacs'], []
+  for name in rest:
+    ratio = summaries[name]['gigamacs'] / equal
+    if not name.endswith(RANDOM) and abs(ratio - 1) > 0.02:
+      steps = round(summaries[name]['steps'] / ratio)
+      lines.append(
+        f'{name}: {ratio:.2f} times the multiply-adds of {first}; '
+        f'{steps:,} steps would be equal'
+      )
+  return lines
