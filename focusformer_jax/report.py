@@ -182,7 +182,7 @@ def policy_plots(policy: dict[str, Any]) -> dict[str, figure_lib.Figure]:
     axes.axvline(len(budgets) - 0.5, color='0.5')
     axes.set_yticks(range(len(choices)), choices)
     axes.set_ylabel({'embed_dim': 'width'}.get(name, name))
-    axes.set_xticks(range(len(columns)), [*labels, 'trained'])
+    axes.set_xticks(range(len(columns)), [*labels, 'trained'], fontsize='small')
   both[-1].set_xlabel('budget')
   figure.colorbar(image, ax=both, label='probability')
   plots['depth_and_width'] = figure
@@ -302,7 +302,7 @@ def _decoded(policy: dict[str, Any]) -> list[list[str]]:
       f'{row["budget"]:,}',
       f'{row["decoded_cost"]:,}',
       f'{row["decoded_cost"] / row["budget"]:.0%}',
-      f'{row["entropy"]:.2f}',
+      f'{max(0, row["entropy"]):.2f}',  # Rounding may leave less than 0.
       f'{row["mass_within_1%"]:.1%}',
       _describe(row['decoded']),
     ]
@@ -379,9 +379,9 @@ def _page(found: dict[str, Any], plots: dict[str, bytes]) -> str:
     part(
       'The sampler',
       '<p>The table shows the architecture that the sampler decodes for each '
-      'budget. All probabilities are exact and conditioned on the budget. A '
-      'row of heads or MLP ratios sums to the probability that the layer is '
-      'alive.</p>',
+      'budget. All probabilities are exact and conditioned on the budget and '
+      'on config.sampler.window. A row of heads or MLP ratios sums to the '
+      'probability that the layer is alive.</p>',
       _html_table(_decoded(found['policy'])),
       pick('depth_and_width', 'num_heads', 'mlp_ratio'),
     )
