@@ -1,6 +1,8 @@
 """Data sets: splits, views, processes, error messages."""
 
 import dataclasses
+import importlib.machinery
+import inspect
 import json
 import subprocess
 import sys
@@ -221,24 +223,27 @@ def test_images_of_one_size_are_resized_whole(dataset, noise_dir):
   assert varied.center_crop == 7 / 8
 
 
+class _WithoutTensorflow(importlib.machinery.PathFinder):
+  @classmethod
+  def find_spec(cls, name, *rest):
+    return None if name == 'tensorflow' else super().find_spec(name, *rest)
+
+
 def test_reading_needs_no_tensorflow(folder, noise_dir):
-  script = """
+  hidden = inspect.getsource(_WithoutTensorflow)
+  script = f"""
 import dataclasses, importlib.machinery, json, sys
 from absl import flags
 from configs import digits
 from focusformer_jax import config as config_lib
 from focusformer_jax.data import batches, datasets
 
-heavy = {'tensorflow', 'tensorflow_datasets', 'cv2', 'sklearn'}
+heavy = {{'tensorflow', 'tensorflow_datasets', 'cv2', 'sklearn'}}
 loaded = sorted(heavy & set(sys.modules))
 
-class WithoutTensorflow(importlib.machinery.PathFinder):
-  @classmethod
-  def find_spec(cls, name, *rest):
-    return None if name == 'tensorflow' else super().find_spec(name, *rest)
-
+{hidden}
 place = sys.meta_path.index(importlib.machinery.PathFinder)
-sys.meta_path[place] = WithoutTensorflow
+sys.meta_path[place] = _WithoutTensorflow
 flags.FLAGS.mark_as_parsed()
 settings = config_lib.parse(digits.get_config('smoke')).data
 shapes = []
@@ -270,7 +275,14 @@ print(json.dumps([loaded, shapes]))
 
 
 def test_preparing_without_tensorflow_is_one_line(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, 'tensorflow', None)
+  # As where it isn't installed: not found, and no trace of it in sys.modules,
+  # where TFDS would take any entry, even None, for TensorFlow itself.
+  finders = [
+    _WithoutTensorflow if f is importlib.machinery.PathFinder else f
+    for f in sys.meta_path
+  ]
+  monkeypatch.setattr(sys, 'meta_path', finders)
+  monkeypatch.delitem(sys.modules, 'tensorflow', raising=False)
   settings = data_settings(name='cifar100', dir=str(tmp_path))
   with pytest.raises(errors.UserError) as error:
     datasets.open_dataset(settings)
