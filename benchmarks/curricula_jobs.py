@@ -138,6 +138,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, distillation': {'share': 0.28, 'distillation.loss': 'kl'},
   'focus, untouched held': {'optimizer.hold_untouched': True},
   'focus, average': {'optimizer.ema': 0.998},
+  'focus, norms by width': {'supernet.norms_by_width': True},
 }
 
 

@@ -212,6 +212,11 @@ class Supernet(schema.Section):
     'features.',
   )
   norm_eps: float = key(1e-5, 'Epsilon of the layer normalization.', above=0)
+  norms_by_width: bool = key(
+    False,
+    'Give each width of `space.embed_dim` its own scale and bias in every '
+    'layer normalization; otherwise widths share prefixes of one.',
+  )
   drop_path: float = key(
     0.0,
     'Probability of dropping a branch of the last layer; it falls linearly to '
@@ -263,8 +268,8 @@ class Optimizer(schema.Section):
   warmup_steps: int = key(50, 'Training steps of linear warm-up.', at_least=0)
   weight_decay: float = key(
     0.05,
-    'Weight decay of all parameters except one-dimensional ones, positions and '
-    'the class token.',
+    'Weight decay of all parameters except biases, norms, positions, the class '
+    'token and registers.',
     at_least=0,
   )
   clip_norm: float = key(

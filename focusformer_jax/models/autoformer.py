@@ -147,7 +147,16 @@ def to_autoformer(network: Network) -> dict[str, np.ndarray]:
 
   Tensors have the sizes of the largest subnet, or of the extracted network:
   AutoFormer's model must be built with these.
+
+  Raises:
+    ValueError: The supernet has norms by width, which AutoFormer has no names
+      for; its subnets have none.
   """
+  if layers.count_widths(network):
+    raise ValueError(
+      "supernet.norms_by_width: wanted False for AutoFormer's names, found "
+      'True; extract a subnet'
+    )
   ours = {}
   for name, param in layers.named_params(network).items():
     names, array = _layer_names(name, param), np.asarray(param.get_value())
@@ -175,7 +184,8 @@ def from_autoformer(state_dict: StateDict, network: Network) -> Network:
   The state dict may be wider and deeper than the network (AutoFormer's tiny
   supernet is 256 wide for a largest choice of 240): a subnet only ever reads
   prefixes. So the tensors of a published subnet, which have the shapes of its
-  supernet, fit the network that `vit.create` makes for its architecture.
+  supernet, fit the network that `vit.create` makes for its architecture. Norms
+  by width start as the shared ones for every width.
 
   Args:
     state_dict: Arrays by AutoFormer's names.
@@ -184,10 +194,11 @@ def from_autoformer(state_dict: StateDict, network: Network) -> Network:
   Raises:
     ValueError: A tensor is missing or does not fit; names the first one.
   """
-  like = jax.tree.map(lambda leaf: np.zeros(leaf.shape), network)
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), network)
+  shared = layers.at_width(zeros, 0)
   theirs = {
     name: _prefix(name, state_dict.get(name), wanted.shape)
-    for name, wanted in to_autoformer(like).items()
+    for name, wanted in to_autoformer(shared).items()
   }
   kernel = theirs['patch_embed_super.proj.weight']
   ours = {
@@ -207,13 +218,14 @@ def from_autoformer(state_dict: StateDict, network: Network) -> Network:
     arrays = [ours[name] for name in _layer_names(name, param)]
     return np.stack(arrays).reshape(param.shape)
 
-  return layers.replace_params(
-    network,
+  shared = layers.replace_params(
+    shared,
     {
       name: array(name, param)
-      for name, param in layers.named_params(network).items()
+      for name, param in layers.named_params(shared).items()
     },
   )
+  return layers.by_width(shared, layers.count_widths(network))
 
 
 # The axes that are widths, for AutoFormer's tensors with other axes as well.

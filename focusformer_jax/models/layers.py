@@ -20,6 +20,7 @@ from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Shaped
 import numpy as np
 
@@ -133,7 +134,7 @@ def by_example(x_S: Shaped[Array, '*S'], batch: int) -> Shaped[Array, '*B']:
 
   A single number stays a single number.
   """
-  return jnp.repeat(x_S, batch // len(x_S)) if x_S.ndim else x_S
+  return jnp.repeat(x_S, batch // len(x_S), axis=0) if x_S.ndim else x_S
 
 
 def _by_group(
@@ -179,7 +180,11 @@ _add_row.defvjp(_add_row_forward, _add_row_backward)
 
 
 class LayerNorm(nnx.Module):
-  """Layer normalization over the live features alone."""
+  """Layer normalization over the live features alone.
+
+  `by_width` gives it a scale and a bias for each width. `at_width` picks those
+  to use: one row, or S rows for equal parts of the batch.
+  """
 
   def __init__(self, embed_dim: int, eps: float = 1e-5):
     self.eps = eps
@@ -200,6 +205,8 @@ class LayerNorm(nnx.Module):
     """
     x = x_BND.astype(jnp.float32)
     scale, bias = self.scale.get_value(), self.bias.get_value()
+    if scale.ndim > 1:
+      scale, bias = (by_example(row, len(x))[:, None] for row in (scale, bias))
     # The result does not depend on it, so neither does the gradient.
     x -= jax.lax.stop_gradient(x[..., :1])
     live = x.shape[-1]
@@ -212,6 +219,67 @@ class LayerNorm(nnx.Module):
     variance = jax.nn.relu(square - jnp.square(mean))
     normed = (x - mean) * (jax.lax.rsqrt(variance + self.eps) * scale)
     return (normed + bias).astype(x_BND.dtype)
+
+
+def by_width(module: Modules, widths: int) -> Modules:
+  """Gives each width its own scale and bias in every `LayerNorm`.
+
+  The idea is that of slimmable networks (Yu et al., ICLR 2019, arXiv
+  1812.08928), there for batch normalization. The rows, on an axis named
+  'width', are copies at first.
+
+  Args:
+    module: A part, or several stacked along leading axes.
+    widths: Number of rows; 0 for none, which changes nothing.
+  """
+  if not widths:
+    return module
+
+  def is_norm(node):
+    return isinstance(node, LayerNorm)
+
+  def repeat(param):
+    rows = jnp.stack([param.get_value()] * widths, axis=-2)
+    return param.replace(rows, axes=('width', *param.axes))
+
+  def give(node):
+    if not is_norm(node):
+      return node
+    return jax.tree.map(repeat, node, is_leaf=is_param)
+
+  return jax.tree.map(give, module, is_leaf=is_norm)
+
+
+def at_width(module: Modules, width: Int[ArrayLike, '*S']) -> Modules:
+  """The module whose norms have one width's scale and bias, picked by index.
+
+  A module with shared norms stays as it is.
+
+  Args:
+    module: A part, or several stacked along leading axes.
+    width: Index of the width, or S of them for equal parts of a batch; may be
+      traced.
+  """
+
+  def pick(param):
+    if 'width' not in param.axes:
+      return param
+    # A slice, or a gather of S rows for all layers at once.
+    before = param.ndim - len(param.axes)
+    rows = param.get_value()[(slice(None),) * before + (width,)]
+    return param.replace(rows, axes=param.axes[1:])
+
+  return jax.tree.map(pick, module, is_leaf=is_param)
+
+
+def count_widths(module: nnx.Module) -> int:
+  """The number of rows that `by_width` gave to norms, or 0."""
+  rows = (
+    param.shape[-2]
+    for param in named_params(module).values()
+    if 'width' in param.axes
+  )
+  return next(rows, 0)
 
 
 def _dense(x: Array, kernel: Array, bias: Array) -> Array:

@@ -460,6 +460,8 @@ def with_weights(
 ) -> supernet_lib.Supernet:
   """The supernet with the weights of a network as its largest subnet.
 
+  Norms by width start as the network's for every width.
+
   Raises:
     ValueError: The largest subnet of the supernet is another one.
   """
@@ -477,10 +479,11 @@ def with_weights(
       f'space: wanted {found} as its largest subnet, found {wanted}'
     )
   supernet = jax.tree.map(lambda leaf: leaf, supernet)
-  supernet.stem, supernet.head = network.stem, network.head
-  supernet.blocks = jax.tree.map(
-    lambda *leaves: jnp.stack(leaves), *network.blocks
-  )
+  widths = layers.count_widths(supernet)
+  blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *network.blocks)
+  supernet.stem = network.stem
+  supernet.blocks = layers.by_width(blocks, widths)
+  supernet.head = layers.by_width(network.head, widths)
   return supernet
 
 

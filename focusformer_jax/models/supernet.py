@@ -62,6 +62,8 @@ class Supernet(nnx.Module):
     remat: a name of `KEPT`; a switched branch is always computed again.
     init_std: of the normal distribution that all matrices, tables, positions
       and the class token start from; the reference's is 0.02.
+    norms_by_width: whether each width has norms of its own, see
+      `layers.by_width`.
     rngs: seeds of the initial parameters.
   """
 
@@ -77,6 +79,7 @@ class Supernet(nnx.Module):
     attention: str = 'einsum',
     remat: str = 'full',
     init_std: float = 0.02,
+    norms_by_width: bool = False,
     rngs: nnx.Rngs,
   ):
     self.space = space
@@ -102,8 +105,10 @@ class Supernet(nnx.Module):
         rngs=rngs,
       )
 
-    self.blocks = blocks(rngs.split(space.num_layers))
-    self.head = layers.Head(embed_dim, geometry, pool, std=init_std, rngs=rngs)
+    widths = len(space.embed_dim) if norms_by_width else 0
+    self.blocks = layers.by_width(blocks(rngs.split(space.num_layers)), widths)
+    head = layers.Head(embed_dim, geometry, pool, std=init_std, rngs=rngs)
+    self.head = layers.by_width(head, widths)
 
   def __call__(
     self,
@@ -209,12 +214,14 @@ class Supernet(nnx.Module):
 
     Features beyond the width of the subnet `arch`, which may be traced, are 0.
     """
-    return self.head.features(*self._tokens(images_BHWC, arch, None))
+    net = layers.at_width(self, arch.embed_dim)
+    return net.head.features(*net._tokens(images_BHWC, arch, None))
 
   def _run(self, images_BHWC, arch, keep):
     """Logits of one subnet or, masked, of one for each of S equal parts."""
+    net = layers.at_width(self, arch.embed_dim)
     with layers.matmul_precision(self.dtype):
-      return self.head(*self._tokens(images_BHWC, arch, keep))
+      return net.head(*net._tokens(images_BHWC, arch, keep))
 
   def _tokens(self, images_BHWC, arch, keep):
     """Tokens after the last layer, and the mask of their live features."""

@@ -115,6 +115,7 @@ def extract(
     arch: One architecture of its space; not traced.
   """
   width, per_layer = supernet_lib.sizes(supernet.space, arch)
+  supernet = layers.at_width(supernet, int(arch.embed_dim))
   blocks = [
     layers.take(jax.tree.map(lambda leaf: leaf[i], supernet.blocks), size)  # noqa: B023 (used at once)
     for i, size in per_layer.items()

@@ -122,6 +122,7 @@ class Checkpoints:
     facts: JSON values that a checkpoint must share with this run.
     keep: Number of the newest checkpoints that stay on disk.
     tidy: Whether to delete incomplete checkpoints; only the writer may.
+    implied: Facts that hold where a checkpoint, or `facts`, does not say.
   """
 
   def __init__(
@@ -131,9 +132,11 @@ class Checkpoints:
     keep: int = 2,
     *,
     tidy: bool = False,
+    implied: Mapping[str, Any] | None = None,
   ):
     self.directory = epath.Path(directory).resolve()
     self._facts = json.loads(json.dumps(facts))
+    self._implied = dict(implied or {})
     self._orbax = ocp.training.Checkpointer(
       self.directory,
       # Only the training loop decides when to save.
@@ -286,7 +289,8 @@ class Checkpoints:
     )
 
   def _compare(self, step: int, found: Mapping[str, Any]) -> None:
-    for name, wanted in self._facts.items():
+    found = self._implied | found
+    for name, wanted in (self._implied | self._facts).items():
       if name not in found:  # Written before this was a fact.
         logging.warning(
           '%s: does not say which config.%s it was trained with',

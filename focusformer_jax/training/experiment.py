@@ -286,6 +286,7 @@ class Experiment:
       attention=self.attention,
       remat=self.remat,
       init_std=supernet.init_std,
+      norms_by_width=supernet.norms_by_width,
       rngs=rngs(0),
     )
     averaged = self.settings.optimizer.ema > 0
@@ -384,15 +385,21 @@ def _as_teacher(net: supernet_lib.Supernet) -> supernet_lib.Supernet:
   return jax.tree.map(jnp.copy, net).executed('masked')
 
 
+# Facts only where they differ from these values, the defaults: checkpoints were
+# written before these keys existed.
+IMPLIED_FACTS = {
+  f'supernet.{name}': getattr(config_lib.Supernet(), name)
+  for name in ('class_token', 'registers', 'norm_eps', 'head', 'norms_by_width')
+}
+
+
 def config_facts(settings: config_lib.Settings) -> dict[str, Any]:
   """The facts that follow from the configuration alone."""
   supernet, sampler = settings.supernet, settings.sampler
-  default = config_lib.Supernet()
-  # Checkpoints were written before these keys existed.
   new = {
-    f'supernet.{name}': getattr(supernet, name)
-    for name in ('class_token', 'registers', 'norm_eps', 'head')
-    if getattr(supernet, name) != getattr(default, name)
+    key: found
+    for key, default in IMPLIED_FACTS.items()
+    if (found := getattr(supernet, key.removeprefix('supernet.'))) != default
   }
   return new | {
     'seed': settings.seed,

@@ -91,7 +91,8 @@ def decayed(params: Weights) -> Any:
   def decide(path, param):
     return (
       len(param.axes) > 1
-      and param.axes[0] not in ('heads3', 'qkv')  # Biases of attention.
+      # Biases of attention, and norms by width.
+      and param.axes[0] not in ('heads3', 'qkv', 'width')
       and path[-1].name not in UNDECAYED
     )
 

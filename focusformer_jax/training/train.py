@@ -58,6 +58,7 @@ def open_checkpoints(
     experiment.facts(),
     experiment.settings.train.keep_checkpoints,
     tidy=tidy,
+    implied=experiment_lib.IMPLIED_FACTS,
   )
 
 
