@@ -322,7 +322,8 @@ class Distillation(schema.Section):
     'largest',
     '`largest`, the largest subnet, which then trains on the labels in every '
     'step; or, frozen, `initial`, the network of `train.initial` as it came, '
-    'or the directory of an extracted network for the same images and classes.',
+    'or the directory of an extracted or retrained network for the same images '
+    'and classes.',
   )
   weight: float = key(
     1.0,
@@ -765,8 +766,16 @@ class Retrain(schema.Section):
 
   network: str | None = key(
     None,
-    'Directory of an extracted network; None for the one in this workdir.',
+    'Directory of an extracted network; None for the one in this workdir; '
+    '`cnn` for a convolutional network with new weights, to be a teacher.',
   )
+  cnn_channels: tuple[int, ...] = key(
+    (32, 64, 128),
+    'Channels of each stage of the `cnn`; every stage after the first halves '
+    'the resolution.',
+    at_least=1,
+  )
+  cnn_blocks: int = key(2, 'Residual blocks of each stage.', at_least=1)
   inherit: bool = key(
     True, 'Start from its weights; otherwise from random ones.'
   )

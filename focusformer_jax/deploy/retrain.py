@@ -1,4 +1,4 @@
-"""Fine-tunes an extracted network, or trains it from scratch.
+"""Fine-tunes an extracted network, or trains it or a CNN from scratch.
 
 On its own data set it continues from the weights it inherited, or starts from
 new ones. On another data set it keeps every weight that has a meaning there:
@@ -30,7 +30,9 @@ from focusformer_jax import errors
 from focusformer_jax import sharding
 from focusformer_jax import text_table
 from focusformer_jax.data import augment
+from focusformer_jax.models import cnn
 from focusformer_jax.models import layers
+from focusformer_jax.models import networks
 from focusformer_jax.models import positions
 from focusformer_jax.models import vit
 from focusformer_jax.search import fingerprint
@@ -62,12 +64,12 @@ class State:
 
   step: jax.Array
   seed: jax.Array
-  network: vit.VisionTransformer
+  network: networks.Network
   optimizer: optax.OptState
-  average: vit.VisionTransformer | None
+  average: networks.Network | None
 
   @property
-  def scored(self) -> vit.VisionTransformer:
+  def scored(self) -> networks.Network:
     """The weights that are evaluated and saved."""
     return self.network if self.average is None else self.average
 
@@ -88,14 +90,20 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
       is of another run, or too many updates in a row were not finite.
     loop.Preempted: SIGTERM came; a checkpoint is written.
   """
-  directory = epath.Path(settings.retrain.network or workdir / 'subnet')
-  network, description = vit.load(directory)
-  if not settings.retrain.network:
-    _refuse_stale_network(workdir, directory, description)
   experiment = experiment_lib.create(settings)
   evaluator = evaluate.Evaluator(experiment)
-  start = prepare(experiment, network, description)
-  facts = _facts(experiment, directory)
+  if settings.retrain.network == cnn.KIND:
+    start = new_cnn(experiment)
+    description = origin = start.describe()
+  else:
+    directory = epath.Path(settings.retrain.network or workdir / 'subnet')
+    network, description = vit.load(directory)
+    if not settings.retrain.network:
+      _refuse_stale_network(workdir, directory, description)
+    start = prepare(experiment, network, description)
+    weights = (directory / vit.WEIGHTS).read_bytes()
+    origin = f'of SHA-256 {hashlib.sha256(weights).hexdigest()[:16]}'
+  facts = _facts(experiment, origin)
   folder = workdir / 'retrain'
   checkpoint.claim(workdir)
   with checkpoint.Checkpoints(
@@ -140,17 +148,54 @@ def _refuse_stale_network(
 
 
 def _facts(
-  experiment: experiment_lib.Experiment, directory: epath.Path
+  experiment: experiment_lib.Experiment, origin: str | dict[str, Any]
 ) -> dict[str, Any]:
-  """What a checkpoint must agree with, by config key."""
+  """What a checkpoint must agree with, by config key.
+
+  Args:
+    experiment: The fixed parts of the run.
+    origin: What says which network it started from.
+  """
   settings = experiment.settings
-  weights = (directory / vit.WEIGHTS).read_bytes()
   return experiment.data_facts() | {
     'retrain.inherit': settings.retrain.inherit,
-    'retrain.network': f'of SHA-256 {hashlib.sha256(weights).hexdigest()[:16]}',
+    'retrain.network': origin,
     'retrain.optimizer.ema': settings.retrain.optimizer.ema > 0,
     'retrain.optimizer.accumulate': settings.retrain.optimizer.accumulate > 1,
   }
+
+
+def new_cnn(experiment: experiment_lib.Experiment) -> cnn.ConvNet:
+  """The convolutional network of `config.retrain`, on the mesh."""
+  settings, dataset = experiment.settings, experiment.dataset
+  geometry = search_space.Geometry(
+    settings.data.image_size,
+    patch_size=1,
+    channels=dataset.channels,
+    num_classes=dataset.num_classes,
+  )
+  network = jax.jit(
+    lambda key: cnn.ConvNet(
+      settings.retrain.cnn_channels,
+      settings.retrain.cnn_blocks,
+      geometry,
+      settings.supernet.dtype,
+      rngs=nnx.Rngs(key),
+    )
+  )(_init_key(settings))
+  return _placed(experiment, network)
+
+
+def _init_key(settings: config_lib.Settings) -> jax.Array:
+  # Parts 0 and 1 initialize the supernet and the sampler.
+  return state_lib.stream_key(settings.seed, state_lib.Stream.INIT, 2)
+
+
+def _placed(
+  experiment: experiment_lib.Experiment, network: networks.Network
+) -> networks.Network:
+  network = jax.tree.map(np.asarray, network)
+  return jax.device_put(network, sharding.shardings(experiment.mesh, network))
 
 
 def prepare(
@@ -189,8 +234,6 @@ def prepare(
     num_classes=dataset.num_classes,
   )
   if not settings.retrain.inherit or geometry != network.geometry:
-    # Parts 0 and 1 initialize the supernet and the sampler.
-    key = state_lib.stream_key(settings.seed, state_lib.Stream.INIT, 2)
     new = jax.jit(
       lambda key: vit.create(
         description,
@@ -201,10 +244,9 @@ def prepare(
         init_std=settings.supernet.init_std,
         rngs=nnx.Rngs(key),
       )
-    )(key)
+    )(_init_key(settings))
     network = transfer(network, new) if settings.retrain.inherit else new
-  network = jax.tree.map(np.asarray, network)
-  return jax.device_put(network, sharding.shardings(experiment.mesh, network))
+  return _placed(experiment, network)
 
 
 def transfer(
@@ -255,7 +297,7 @@ def carried_distances(grid: int, max_distance: int) -> Int[np.ndarray, 'T']:
 def _train(
   experiment: experiment_lib.Experiment,
   evaluator: evaluate.Evaluator,
-  start: vit.VisionTransformer,
+  start: networks.Network,
   checkpoints: checkpoint.Checkpoints,
   folder: epath.Path,
 ) -> State:
@@ -345,7 +387,7 @@ def retrain_step(
     experiment.mesh,
   )
 
-  def loss_fn(network: vit.VisionTransformer):
+  def loss_fn(network: networks.Network):
     logits_BC = network(
       images, key(state_lib.Stream.DROP_PATH), settings.supernet.drop_path
     )
@@ -369,18 +411,19 @@ def retrain_step(
 
 def _write(
   experiment: experiment_lib.Experiment,
-  network: vit.VisionTransformer,
+  network: networks.Network,
   description: dict[str, Any],
   accuracies: dict[str, float],
   folder: epath.Path,
 ) -> None:
   """Saves the network and the results, and prints them."""
   gather = functools.partial(sharding.gathered, experiment.mesh)
-  vit.save(
-    jax.jit(gather)(network),
-    {name: description[name] for name in search_space.Architecture._fields},
-    folder / 'network',
-  )
+  network, directory = jax.jit(gather)(network), folder / 'network'
+  if isinstance(network, cnn.ConvNet):
+    networks.save_cnn(network, directory)
+  else:
+    fields = search_space.Architecture._fields
+    vit.save(network, {name: description[name] for name in fields}, directory)
   if jax.process_index() != 0:
     return
   settings = experiment.settings

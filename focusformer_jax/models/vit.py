@@ -243,6 +243,8 @@ def load(
   """
   try:
     description = json.loads((directory / DESCRIPTION).read_text())
+    if 'kind' in description:
+      raise ValueError(f'a network of the kind {description["kind"]}')
     arrays = safetensors.numpy.load((directory / weights).read_bytes())
     arrays = int8.dequantize(arrays)
     geometry = search_space.Geometry(**description['geometry'])

@@ -16,8 +16,8 @@ from focusformer_jax import progress
 from focusformer_jax import sharding
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
+from focusformer_jax.models import networks
 from focusformer_jax.models import supernet as supernet_lib
-from focusformer_jax.models import vit
 from focusformer_jax.sampler import conditional
 from focusformer_jax.sampler import policy as policy_lib
 from focusformer_jax.spaces import search_space
@@ -167,7 +167,7 @@ class Evaluator:
     return scores[: len(archs)]
 
   def score_network(
-    self, network: vit.VisionTransformer, source: datasets.Source
+    self, network: networks.Network, source: datasets.Source
   ) -> Score:
     """Loss and accuracy of a standalone network.
 

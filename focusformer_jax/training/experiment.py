@@ -17,6 +17,7 @@ from focusformer_jax import sharding
 from focusformer_jax.data import datasets
 from focusformer_jax.models import attention as attention_lib
 from focusformer_jax.models import autoformer
+from focusformer_jax.models import networks
 from focusformer_jax.models import pretrained
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
@@ -214,8 +215,8 @@ class Experiment:
     return settings.distillation.teacher == 'initial' and needed
 
   @functools.cached_property
-  def other_teacher(self) -> tuple[vit.VisionTransformer, int] | None:
-    """The extracted network that teaches and its MACs, if one is configured.
+  def other_teacher(self) -> tuple[networks.Network, int] | None:
+    """The network of its own that teaches and its MACs, if one is configured.
 
     Raises:
       UserError: It cannot be read, or is for other images or classes.
@@ -225,7 +226,7 @@ class Experiment:
       return None
     try:
       with jax.ensure_compile_time_eval():  # It may be asked for while tracing.
-        network, description = vit.load(epath.Path(teacher))
+        network, macs = networks.load(epath.Path(teacher))
     except errors.UserError as error:
       raise errors.UserError(f'config.distillation.teacher: {error}') from error
     if not self.settings.supernet.head:
@@ -241,17 +242,6 @@ class Experiment:
           f'config.distillation.teacher: wanted a network with {name}={wanted},'
           f' found {found} in {teacher}'
         )
-    values = {
-      name: description[name] for name in search_space.Architecture._fields
-    }
-    space = search_space.SearchSpace(
-      embed_dim=(values['embed_dim'],),
-      depth=(values['depth'],),
-      num_heads=tuple(sorted(set(values['num_heads']))),
-      mlp_ratio=tuple(sorted(set(values['mlp_ratio']))),
-      head_dim=network.head_dim,
-    )
-    macs = cost.macs(space, network.geometry).of(space.from_json(values))
     return network, macs
 
   @functools.cached_property

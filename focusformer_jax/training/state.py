@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import optax
 
+from focusformer_jax.models import networks
 from focusformer_jax.models import supernet as supernet_lib
-from focusformer_jax.models import vit
 from focusformer_jax.sampler import conditional
 from focusformer_jax.sampler import policy as policy_lib
 
-Teacher = supernet_lib.Supernet | vit.VisionTransformer
+Teacher = supernet_lib.Supernet | networks.Network
 
 
 @flax.struct.dataclass

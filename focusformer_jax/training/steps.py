@@ -15,8 +15,8 @@ import optax
 from focusformer_jax import sharding
 from focusformer_jax.data import augment
 from focusformer_jax.models import layers
+from focusformer_jax.models import networks
 from focusformer_jax.models import supernet as supernet_lib
-from focusformer_jax.models import vit
 from focusformer_jax.sampler import conditional
 from focusformer_jax.sampler import policy as policy_lib
 from focusformer_jax.sampler import rewards
@@ -76,7 +76,7 @@ def supernet_step(
 
   largest = search_space.stack([experiment.space.largest()])
   frozen_BC = None
-  if isinstance(state.teacher, vit.VisionTransformer):
+  if isinstance(state.teacher, networks.Network):
     frozen_BC = sharding.gathered(experiment.mesh, state.teacher)(images)
     frozen_gigamacs = experiment.other_teacher[1] * len(images) / 1e9
   elif state.teacher is not None:
@@ -395,7 +395,7 @@ def score_images(
 
 def network_eval_step(
   experiment: experiment_lib.Experiment,
-  network: vit.VisionTransformer,
+  network: networks.Network,
   batch: dict[str, Array],
 ) -> Scores:
   """Scores a standalone network on one batch."""
