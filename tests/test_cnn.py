@@ -101,7 +101,7 @@ def test_network_that_only_teaches_is_refused_elsewhere(tmp_path):
   ('change', 'found'),
   [
     ({'channels': [4, 8, 12]}, r'entries\.2\.bias of shape \(16,\)'),
-    ({'geometry': {}}, 'missing 4 required'),
+    ({'geometry': {}}, 'image_size'),
   ],
 )
 def test_description_of_another_network_is_refused(tmp_path, change, found):
