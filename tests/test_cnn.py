@@ -135,5 +135,7 @@ def test_retraining_makes_a_teacher(tmp_path, monkeypatch, capsys):
   assert file.read_bytes() == before
   with config.unlocked():
     config.retrain.cnn_blocks = 2
-  with pytest.raises(errors.UserError, match=r'config\.retrain\.network'):
+  with pytest.raises(
+    errors.UserError, match=r'config\.retrain\.cnn_blocks=2, found 1'
+  ):
     stages.run(config_lib.parse(config), tmp_path, 'retrain')

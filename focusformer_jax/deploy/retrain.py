@@ -94,7 +94,12 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
   evaluator = evaluate.Evaluator(experiment)
   if settings.retrain.network == cnn.KIND:
     start = new_cnn(experiment)
-    description = origin = start.describe()
+    description = start.describe()
+    origin = {
+      'retrain.network': cnn.KIND,
+      'retrain.cnn_channels': settings.retrain.cnn_channels,
+      'retrain.cnn_blocks': settings.retrain.cnn_blocks,
+    }
   else:
     directory = epath.Path(settings.retrain.network or workdir / 'subnet')
     network, description = vit.load(directory)
@@ -102,7 +107,8 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
       _refuse_stale_network(workdir, directory, description)
     start = prepare(experiment, network, description)
     weights = (directory / vit.WEIGHTS).read_bytes()
-    origin = f'of SHA-256 {hashlib.sha256(weights).hexdigest()[:16]}'
+    digest = hashlib.sha256(weights).hexdigest()[:16]
+    origin = {'retrain.network': f'of SHA-256 {digest}'}
   facts = _facts(experiment, origin)
   folder = workdir / 'retrain'
   checkpoint.claim(workdir)
@@ -148,21 +154,21 @@ def _refuse_stale_network(
 
 
 def _facts(
-  experiment: experiment_lib.Experiment, origin: str | dict[str, Any]
+  experiment: experiment_lib.Experiment, origin: dict[str, Any]
 ) -> dict[str, Any]:
   """What a checkpoint must agree with, by config key.
 
   Args:
     experiment: The fixed parts of the run.
-    origin: What says which network it started from.
+    origin: Those that say which network it started from.
   """
-  settings = experiment.settings
-  return experiment.data_facts() | {
-    'retrain.inherit': settings.retrain.inherit,
-    'retrain.network': origin,
-    'retrain.optimizer.ema': settings.retrain.optimizer.ema > 0,
-    'retrain.optimizer.accumulate': settings.retrain.optimizer.accumulate > 1,
+  recipe = experiment.settings.retrain
+  own = {
+    'retrain.inherit': recipe.inherit,
+    'retrain.optimizer.ema': recipe.optimizer.ema > 0,
+    'retrain.optimizer.accumulate': recipe.optimizer.accumulate > 1,
   }
+  return experiment.data_facts() | origin | own
 
 
 def new_cnn(experiment: experiment_lib.Experiment) -> cnn.ConvNet:
