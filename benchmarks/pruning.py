@@ -14,7 +14,8 @@ accuracy of subnets
     'magnitude'): all layers alike, all sizes shrunk about alike;
   - that the sampler answers, trained alone on the sorted weights;
   - that the sampler answers after elastic training, for a fifth of the
-    original's steps, under the original as teacher;
+    original's steps, under the original as teacher, and with labels for half
+    of the loss;
   - of those answers' sizes, trained alone from new weights for as many steps as
     the original.
 
@@ -314,6 +315,12 @@ def main():
     lambda: answers(args, 'elastic training', elastic_steps),
   )
   rows += trained
+  print(table(rows), flush=True)
+  labels = elastic_steps | {'distillation.weight': 0.5}
+  rows += kept(
+    args.workdir / 'elastic-labels.json',
+    lambda: answers(args, 'elastic training with labels', labels),
+  )
   print(table(rows), flush=True)
   for answer in trained:
     if answer['share'] in args.alone:
