@@ -777,12 +777,28 @@ class Retrain(schema.Section):
   )
   cnn_blocks: int = key(2, 'Residual blocks of each stage.', at_least=1)
   inherit: bool = key(
-    True, 'Start from its weights; otherwise from random ones.'
+    True,
+    'Start from its weights; otherwise from random ones, as `cnn` always does.',
   )
   steps: int = key(600, 'Updates.', at_least=1)
   eval_every: int = key(200, 'Steps between held-out evaluations.', at_least=1)
   checkpoint_every: int = key(200, 'Steps between checkpoints.', at_least=1)
   optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=20)
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.cnn_channels:
+      raise ValueError('cnn_channels: wanted at least one stage, found none')
+    if self.network == 'cnn' and self.optimizer.layer_decay < 1:
+      raise ValueError(
+        'optimizer.layer_decay: wanted 1 for network=cnn, found '
+        f'{self.optimizer.layer_decay}'
+      )
+
+  @property
+  def inherits(self) -> bool:
+    """Whether training starts from the weights of a network."""
+    return self.inherit and self.network != 'cnn'
 
 
 @dataclasses.dataclass(frozen=True)

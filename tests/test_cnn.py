@@ -114,6 +114,24 @@ def test_description_of_another_network_is_refused(tmp_path, change, found):
   assert '--config.retrain.network=cnn' in str(error.value)
 
 
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'cnn_channels': ()}, 'retrain.cnn_channels: wanted at least one stage'),
+    (
+      {'network': 'cnn', 'optimizer': {'layer_decay': 0.9}},
+      'retrain.optimizer.layer_decay: wanted 1 for network=cnn, found 0.9',
+    ),
+  ],
+)
+def test_settings_that_no_cnn_can_have_are_refused(changes, message):
+  config = digits.get_config('smoke')
+  with config.unlocked():
+    config.retrain.update(changes)
+  with pytest.raises(errors.UserError, match=message):
+    config_lib.parse(config)
+
+
 def test_retraining_makes_a_teacher(tmp_path, monkeypatch, capsys):
   devices = jax.devices()[:1]
   monkeypatch.setattr(jax, 'devices', lambda: devices)
@@ -127,6 +145,8 @@ def test_retraining_makes_a_teacher(tmp_path, monkeypatch, capsys):
   network, _ = networks.load(tmp_path / 'retrain/network')
   assert isinstance(network, cnn.ConvNet)
   assert network.describe()['channels'] == list(CHANNELS)
+  results = json.loads((tmp_path / 'retrain/results.json').read_text())
+  assert not results['inherit']
 
   # A finished training is read, not repeated; other sizes are another run.
   file = tmp_path / 'retrain/network' / vit.WEIGHTS

@@ -164,7 +164,7 @@ def _facts(
   """
   recipe = experiment.settings.retrain
   own = {
-    'retrain.inherit': recipe.inherit,
+    'retrain.inherit': recipe.inherits,
     'retrain.optimizer.ema': recipe.optimizer.ema > 0,
     'retrain.optimizer.accumulate': recipe.optimizer.accumulate > 1,
   }
@@ -437,7 +437,7 @@ def _write(
     'data': settings.data.name,
     'seed': settings.seed,
     'steps': settings.retrain.steps,
-    'inherit': settings.retrain.inherit,
+    'inherit': settings.retrain.inherits,
   } | accuracies
   atomic_files.write_json(folder / 'results.json', results)
   rows = [

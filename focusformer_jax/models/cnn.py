@@ -111,7 +111,7 @@ class ConvNet(nnx.Module):
     self.head = nnx.Linear(
       channels[-1],
       geometry.num_classes,
-      dtype=dtype,
+      dtype=jnp.float32,
       rngs=rngs,
       kernel_metadata={'axes': ('inputs', 'outputs')},
       bias_metadata={'axes': ('outputs',)},
@@ -138,7 +138,7 @@ class ConvNet(nnx.Module):
         for block in stage:
           x = block(x)
       x = jax.nn.relu(self.norm(x)).mean((1, 2))
-      return self.head(x).astype(jnp.float32)
+      return self.head(x.astype(jnp.float32))
 
   def macs(self) -> int:
     """Multiply-adds of an image, of convolutions and the head."""
