@@ -220,7 +220,7 @@ class Supernet(schema.Section):
   drop_path: float = key(
     0.0,
     'Probability of dropping a branch of the last layer; it falls linearly to '
-    '0 at the first layer.',
+    '0 at the first layer. A `cnn` drops none.',
     at_least=0,
     at_most=0.9,
   )
@@ -923,6 +923,12 @@ class Settings(schema.Section):
       raise ValueError(
         'data.repeats: wanted a divisor of config.data.batch_size='
         f'{batch_size}, found {self.data.repeats}'
+      )
+    stages, size = len(self.retrain.cnn_channels), self.data.image_size
+    if self.retrain.network == 'cnn' and 2 ** (stages - 1) > size:
+      raise ValueError(
+        f'retrain.cnn_channels: wanted at most {size.bit_length()} stages for '
+        f'images of {size} pixels, found {stages}'
       )
     if self.sampler.cost == 'latency' and self.sampler.latency is None:
       raise ValueError(

@@ -122,6 +122,10 @@ def test_description_of_another_network_is_refused(tmp_path, change, found):
       {'network': 'cnn', 'optimizer': {'layer_decay': 0.9}},
       'retrain.optimizer.layer_decay: wanted 1 for network=cnn, found 0.9',
     ),
+    (
+      {'network': 'cnn', 'cnn_channels': (8,) * 5},
+      'retrain.cnn_channels: wanted at most 4 stages for images of 8 pixels',
+    ),
   ],
 )
 def test_settings_that_no_cnn_can_have_are_refused(changes, message):
