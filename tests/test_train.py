@@ -492,7 +492,7 @@ def test_cifar100_end_to_end_on_mock_data(tmp_path, on_one_device):
   with config.unlocked():
     config.data.dir = str(tmp_path / 'data')
   # TFDS makes up random images of CIFAR-100's form.
-  with tfds.testing.mock_data(num_examples=640):
+  with tfds.testing.mock_data(num_examples=320):
     stages.run(config_lib.parse(config), tmp_path)
   results = json.loads((tmp_path / 'results.json').read_text())
   assert results['data'] == 'cifar100'
