@@ -1,7 +1,6 @@
 """Eight virtual CPU devices, a compilation cache, and shared tiny things."""
 
 import functools
-import gc
 import itertools
 import operator
 import os
@@ -20,10 +19,6 @@ os.environ['XLA_FLAGS'] = (
 # Later versions end the process at an option that they don't know.
 if version.__version_info__ < (0, 11):
   os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
-
-# Tracing makes many objects that live long; looking through them for garbage
-# at the usual rate takes 4% of the time.
-gc.set_threshold(200_000, 20, 100)
 
 from absl import flags
 from flax import nnx
