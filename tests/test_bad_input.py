@@ -3,6 +3,7 @@
 Nothing is written before it is said.
 """
 
+import gc
 import shutil
 
 import jax
@@ -177,6 +178,7 @@ def test_a_damaged_checkpoint(experiment, trained, tmp_path, fault):
     assert leaves(experiment, workdir)[0] == 4
     shutil.rmtree(workdir)
   assert told
+  gc.collect()  # What Orbax left, so that no other test finds it.
 
 
 def leaves(experiment, workdir):
