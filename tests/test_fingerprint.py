@@ -1,5 +1,6 @@
 """No result of other weights, data or costs is shown, reused or extended."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from focusformer_jax import report
 from focusformer_jax import stages
 from focusformer_jax.search import fingerprint
 from focusformer_jax.search import search
+from focusformer_jax.spaces import latency_table
 from focusformer_jax.training import checkpoint
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import train
@@ -179,3 +181,29 @@ def test_fingerprint_of_a_checkpoint_is_that_of_its_state(experiment, trained):
     fingerprint.of_answers(experiment, other), answers
   )
   assert changed.startswith('policy=')
+
+
+def test_fingerprint_depends_on_the_entries_of_a_latency_table(
+  experiment, trained, tfds_dir, tmp_path
+):
+  """Budgets in microseconds mean other networks once it is measured again."""
+  path = epath.Path(tmp_path) / 'table.json'
+  macs = experiment.tables['macs']
+  settings = smoke_settings(
+    tfds_dir, sampler__cost='latency', sampler__latency=str(path)
+  )
+  state, found = restored(experiment, trained), []
+  for slower in (0, 1):
+    entries = {
+      'stem': macs.stem_E + slower,
+      'attention': macs.attention_EH,
+      'mlp': macs.mlp_ER,
+    }
+    latency_table.write(
+      path, entries, experiment.latency_facts | {'device': 'test'}
+    )
+    measured = dataclasses.replace(experiment, settings=settings)
+    found.append(fingerprint.of_answers(measured, state))
+  before, after = found
+  assert fingerprint.difference(after, before).startswith('costs=')
+  assert before | {'costs': after['costs']} == after

@@ -285,6 +285,23 @@ def test_search_continues_after_it_was_killed(
     assert counted['new'] <= first <= counted['evaluations']
 
 
+def test_known_scores_cost_a_method_their_seconds_once(
+  experiment, evaluator, state, scored
+):
+  space = experiment.space
+  archs = [space.smallest(), space.largest()]
+  scorer = score_cache.Scorer(experiment, evaluator, state)
+  scorer.heldout(archs)
+  scorer.heldout(archs)
+  assert scorer.counts == score_cache.Counts(evaluations=4, new=2, saved=0)
+  scorer.begin()
+  scorer.heldout(archs)
+  scorer.heldout(archs[:1])
+  assert scorer.counts.evaluations == 3
+  assert scorer.counts.new == 0
+  assert scorer.counts.saved == pytest.approx(2)
+
+
 def test_scores_of_other_weights_are_not_used(
   experiment, evaluator, state, tmp_path, scored
 ):
