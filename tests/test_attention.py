@@ -75,6 +75,17 @@ def test_bfloat16_is_as_close_as_the_einsums(name):
   assert distances[0] < 1.5 * distances[1]
 
 
+@pytest.mark.parametrize('name', [*OTHERS, 'einsum'])
+def test_large_logits_are_not_rounded_to_bfloat16(name):
+  """Rounded, those of up to 76 here would put results off by 0.1."""
+  q, near, k, v, coordinates = operands((17, 2, 64, 16), 2, jnp.bfloat16)
+  low = 4 * q, 4 * near, 4 * k, v, coordinates
+  wanted = attention.einsum(*(x.astype(jnp.float32) for x in low), None)
+  found = (OTHERS | {'einsum': attention.einsum})[name](*low, None)
+  for one, other in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(one.astype(np.float32), other, atol=0.03)
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
   for name, attend in OTHERS.items():

@@ -406,6 +406,17 @@ def test_file_with_other_logits_is_refused(job, monkeypatch, tmp_path):
   assert 'model.safetensors: wanted the logits of the' in str(error.value)
 
 
+def test_deviations_are_relative_to_the_largest_logit(tmp_path):
+  path = epath.Path(tmp_path) / 'model.onnx'
+  for scale in (1e-3, 1.0, 1e3):
+    wanted = scale * np.array([[1.0, -0.5], [0.0, 0.2]])
+    export._compare(path, wanted, wanted + 0.9e-5 * scale)
+    with pytest.raises(errors.UserError, match='wanted the logits of the'):
+      export._compare(path, wanted, wanted + 1.1e-5 * scale)
+  with pytest.raises(errors.UserError, match='deviation of nan'):
+    export._compare(path, wanted, np.nan * wanted)
+
+
 def test_short_counts_have_four_digits():
   shorts = [export._short(n) for n in (7, 999, 1416, 999_950, 1_416_299_008)]
   assert shorts == ['7', '999', '1.416k', '1000k', '1.416G']

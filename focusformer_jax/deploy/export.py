@@ -119,14 +119,7 @@ def export(
     file: str, wanted_BC: jax.typing.ArrayLike, classify: Classify
   ) -> None:
     """Compares the logits that a file gives."""
-    scale = float(np.abs(wanted_BC).max())
-    deviation = float(np.abs(np.asarray(classify(images)) - wanted_BC).max())
-    if not deviation <= TOLERANCE * scale:
-      raise errors.UserError(
-        f'{directory / file}: wanted the logits of the network to {TOLERANCE} '
-        f'of the largest, {scale:.2g}, found a deviation of {deviation:.2g}; '
-        'do not use that file'
-      )
+    _compare(directory / file, wanted_BC, classify(images))
 
   loaded, _ = vit.load(directory)
   check(vit.WEIGHTS, wanted_BC, _classifier(recipe, loaded))
@@ -170,6 +163,26 @@ def export(
   exported = _measure(experiment, arch, directory, artifact, rounded)
   (directory / card.NAME).write_text(card.text(experiment, exported, step, USE))
   return exported
+
+
+def _compare(
+  path: epath.Path,
+  wanted_BC: jax.typing.ArrayLike,
+  found_BC: jax.typing.ArrayLike,
+) -> None:
+  """Compares logits relative to the largest, which rounding errors grow with.
+
+  Raises:
+    UserError: They deviate by more than `TOLERANCE` of it.
+  """
+  scale = float(np.abs(wanted_BC).max())
+  deviation = float(np.abs(np.asarray(found_BC) - wanted_BC).max())
+  if not deviation <= TOLERANCE * scale:
+    raise errors.UserError(
+      f'{path}: wanted the logits of the network to {TOLERANCE} of the '
+      f'largest, {scale:.2g}, found a deviation of {deviation:.2g}; do not use '
+      'that file'
+    )
 
 
 def missing_onnx_packages() -> list[str]:
