@@ -283,7 +283,7 @@ def main():
   parser.add_argument('--data_dir', help="default: TFDS's own")
   parser.add_argument('--json', type=pathlib.Path)
   parser.add_argument(
-    '--alone', type=float, nargs='*', default=(0.75, 0.5, 0.25)
+    '--alone', type=float, nargs='*', default=SHARES
   )
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
