@@ -262,6 +262,20 @@ def test_layer_norm_in_one_pass_is_precise(offset, outlier):
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('offset', [0.0, 100.0])
+def test_layer_norm_of_bfloat16_is_as_precise_as_its_result(offset):
+  x = np.random.default_rng(0).normal(size=(4, 50, 256)) + offset
+  low = jnp.bfloat16(x)
+  x = np.asarray(low, np.float64)
+  centered = x - x.mean(-1, keepdims=True)
+  wanted = centered / np.sqrt(np.square(centered).mean(-1, keepdims=True))
+  found = layers.LayerNorm(256)(low)
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+    found.astype(np.float32), wanted, rtol=5e-3, atol=5e-3
+  )
+
+
 @pytest.mark.parametrize('remat', supernet_lib.KEPT)
 def test_gradients_do_not_depend_on_rematerialization(remat, images):
   arch = TINY.middle()

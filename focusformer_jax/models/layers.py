@@ -34,8 +34,9 @@ Modules = TypeVar('Modules')
 
 
 # The name of what rematerialization keeps if it computes only cheap things
-# again: the results of products with weights and those of attention.
-PRODUCTS = 'products'
+# again: the results of products with weights and those of attention, and the
+# mean and variance of each normalized token.
+KEPT = 'kept'
 
 
 def is_param(node: Any) -> bool:
@@ -198,26 +199,30 @@ class LayerNorm(nnx.Module):
   ) -> Float[Array, 'B N D']:
     """Normalizes in float32; features where `mask_D` is 0 come out as 0.
 
-    Both moments are sums of one pass over x - x_0, the distances from the first
-    feature, which is always live. For any input (x_0 - mean)^2 is at most
-    live * variance, so what the difference of the moments cancels stays below
-    `live` roundings.
+    Both moments are sums of one pass. In float32 they are of x - x_0, the
+    distances from the first feature, which is always live. For any input
+    (x_0 - mean)^2 is at most live * variance, so what the difference of the
+    moments cancels stays below `live` roundings. In bfloat16 they are of x: the
+    difference cancels mean^2 / variance roundings of float32, and those of x
+    itself matter thousands of times as much.
     """
     x = x_BND.astype(jnp.float32)
     scale, bias = self.scale.get_value(), self.bias.get_value()
     if scale.ndim > 1:
       scale, bias = (by_example(row, len(x))[:, None] for row in (scale, bias))
-    # The result does not depend on it, so neither does the gradient.
-    x -= jax.lax.stop_gradient(x[..., :1])
+    if x_BND.dtype == jnp.float32:
+      # The result does not depend on it, so neither does the gradient.
+      x -= jax.lax.stop_gradient(x[..., :1])
     live = x.shape[-1]
     if mask_D is not None:
       live = jnp.sum(mask_D, -1, keepdims=True)
       x *= mask_D
       scale, bias = scale * mask_D, bias * mask_D
-    mean = jnp.sum(x, -1, keepdims=True) / live
+    mean = checkpoint_name(jnp.sum(x, -1, keepdims=True) / live, KEPT)
     square = jnp.sum(jnp.square(x), -1, keepdims=True) / live
-    variance = jax.nn.relu(square - jnp.square(mean))
-    normed = (x - mean) * (jax.lax.rsqrt(variance + self.eps) * scale)
+    variance = checkpoint_name(square - jnp.square(mean), KEPT)
+    inverse = jax.lax.rsqrt(jax.nn.relu(variance) + self.eps)
+    normed = (x - mean) * (inverse * scale)
     return (normed + bias).astype(x_BND.dtype)
 
 
@@ -396,7 +401,7 @@ class Attention(nnx.Module):
     def project(kernel, bias):
       y = x @ kernel.get_value().reshape(width, H * K).astype(dtype)
       row = bias.reshape(-1, 1, H * K).astype(dtype)
-      y = checkpoint_name(_add_row(_by_group(y, row), row), PRODUCTS)
+      y = checkpoint_name(_add_row(_by_group(y, row), row), KEPT)
       return y.reshape(batch, tokens, H, K)
 
     q_BNHK, k_BNHK, v_BNHK = (
@@ -421,10 +426,10 @@ class Attention(nnx.Module):
       q_BNHK, near_BNHR, k_BNHK, v_BNHK, coordinates_NR, live_B
     )
     if self.max_distance:
-      summed_BNHR = checkpoint_name(summed_BNHR, PRODUCTS)
+      summed_BNHR = checkpoint_name(summed_BNHR, KEPT)
       seen_NRK = self._seen_vectors(self.position_value, tokens, dtype)
       out += jnp.einsum('bnhr,nrk->bnhk', summed_BNHR, seen_NRK)
-    out = checkpoint_name(out.reshape(batch * tokens, H * K), PRODUCTS)
+    out = checkpoint_name(out.reshape(batch * tokens, H * K), KEPT)
     out = _dense(
       out,
       self.out.get_value().reshape(H * K, width),
@@ -491,7 +496,7 @@ class Mlp(nnx.Module):
     batch, tokens, width = x_BND.shape
     x = x_BND.reshape(batch * tokens, width)
     hidden = _dense(x, self.up.get_value(), self.up_bias.get_value())
-    hidden = _gelu(checkpoint_name(hidden, PRODUCTS))
+    hidden = _gelu(checkpoint_name(hidden, KEPT))
     if mlp_dim is not None:
       mask = prefix_mask(mlp_dim, hidden.shape[-1]).astype(x.dtype)
       hidden = (_by_group(hidden, mask) * mask).reshape(hidden.shape)

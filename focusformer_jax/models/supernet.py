@@ -37,7 +37,7 @@ EXECUTIONS = ('masked', 'switched')
 # What `config.supernet.remat` keeps from the forward pass of a branch.
 KEPT = {
   'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.save_only_these_names(layers.PRODUCTS),
+  'dots': jax.checkpoint_policies.save_only_these_names(layers.KEPT),
   'none': jax.checkpoint_policies.everything_saveable,
 }
 
@@ -441,8 +441,9 @@ def kept_bytes(
   """Bytes that a step keeps from its forward pass with `remat` 'dots'.
 
   For each token of each layer these are the inputs of both branches, queries,
-  keys, values, the attended values and the hidden features of the MLP, and for
-  each head the features of relative position, which are few beside these.
+  keys, values, the attended values and the hidden features of the MLP. The
+  features of relative position for each head and the moments of each token are
+  few beside these.
 
   Args:
     space: Its largest subnet is computed.
