@@ -75,6 +75,7 @@ def outcome(
     'trained': trained,
     'range': [table.minimum, table.maximum],
     'rows': results['budgets'] + results['rivals'],
+    'methods': results['methods'],
     'timing': timing,
   }
 
@@ -140,7 +141,9 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
       for end in tables.ENDS
     }
     | {
-      'evaluations': sum(row['evaluations'] for row in rows[0]),
+      'evaluations': round(
+        np.mean([run['methods'][method]['evaluations'] for run in runs])
+      ),
       'seconds': float(
         np.mean([run['timing'][f'{method}_seconds'] for run in runs])
       ),
