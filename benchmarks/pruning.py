@@ -282,9 +282,7 @@ def main():
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--data_dir', help="default: TFDS's own")
   parser.add_argument('--json', type=pathlib.Path)
-  parser.add_argument(
-    '--alone', type=float, nargs='*', default=SHARES
-  )
+  parser.add_argument('--alone', type=float, nargs='*', default=SHARES)
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
   logging.set_verbosity(logging.WARNING)
