@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import pickle
 import sys
 
 from etils import epath
@@ -157,6 +158,17 @@ def test_file_of_more_than_tensors_is_refused(extra, named, tmp_path):
   extra = extra or {'args': Harmful(made)}
   torch.save({'model': {'head.bias': torch.zeros(3)}} | extra, path)
   assert named in read(path)
+  assert not made.exists()
+
+
+def test_refusal_of_a_plain_pickle_does_not_advise_to_load_it(tmp_path):
+  """As torch's own message does first of all."""
+  pytest.importorskip('torch')
+  path, made = tmp_path / 'x.pth', tmp_path / 'made'
+  path.write_bytes(pickle.dumps({'args': Harmful(made)}))
+  message = read(path)
+  assert message.startswith('wanted tensors alone in')
+  assert 'weights_only' not in message
   assert not made.exists()
 
 

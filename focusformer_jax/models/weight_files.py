@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 import io
 import itertools
 import re
+import warnings
 
 from etils import epath
 from etils import epy
@@ -72,10 +73,16 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
     )
 
   try:
-    loaded = torch.load(io.BytesIO(path.read_bytes()), 'cpu', weights_only=True)
+    with warnings.catch_warnings(action='ignore'):  # Of unusual pickles.
+      loaded = torch.load(
+        io.BytesIO(path.read_bytes()), 'cpu', weights_only=True
+      )
   except Exception as error:  # torch raises anything on what it cannot read.
-    unsafe = re.search(r'GLOBAL (\S+)', str(error))
-    raise refuse(unsafe[1] if unsafe else errors.first_line(error)) from error
+    # The first line may advise to load the file unsafely.
+    message = str(error)
+    reason = re.search(r'GLOBAL (\S+)', message)
+    reason = reason or re.search(r'Unpickler error:\s*(.+)', message)
+    raise refuse(reason[1] if reason else errors.first_line(error)) from error
   if isinstance(loaded, dict) and isinstance(loaded.get('model'), dict):
     loaded = loaded.pop('model') | loaded
   if not isinstance(loaded, dict):
