@@ -254,9 +254,9 @@ def estimates(
   module = tpu_estimates.Module(hlo)
   kernel_cycles = {
     name: tpu_estimates.kernel_cycles(
-      code, OP_SHARE if name.startswith('randaugment') else 1
+      kernels[name], OP_SHARE if name.startswith('randaugment') else 1
     )
-    for name, code in kernels.items()
+    for name in module.kernels
   }
   hertz = CHIPS[case['topology'].partition(':')[0]].hertz
 

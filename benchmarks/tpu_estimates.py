@@ -207,6 +207,16 @@ class Module:
     )
     return 'products' if is_product else 'other'
 
+  @property
+  def kernels(self) -> list[str]:
+    """Names of the instructions that run Pallas kernels."""
+    return [
+      instruction.name
+      for instructions in self.computations.values()
+      for instruction in instructions
+      if '"tpu_custom_call"' in instruction.rest
+    ]
+
   def _trips(self, loop: _Instruction) -> int:
     known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
     if known:

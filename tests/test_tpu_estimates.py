@@ -96,6 +96,11 @@ def test_kernel_without_bundles_is_refused():
     tpu_estimates.Module(HLO).cycles({})
 
 
+def test_kernels_are_those_of_pallas_alone():
+  """The compiler dumps collectives too, whose code has no loop over a grid."""
+  assert tpu_estimates.Module(HLO).kernels == ['kernel.1']
+
+
 def test_large_gathers_are_counted_by_their_indices():
   assert tpu_estimates.Module(HLO).large_gathers() == 1
 
