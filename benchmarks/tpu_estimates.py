@@ -133,6 +133,11 @@ class _Instruction:
     return match and match[1]
 
   @property
+  def is_kernel(self) -> bool:
+    """Whether it runs a Pallas kernel."""
+    return '"tpu_custom_call"' in self.rest
+
+  @property
   def operands(self) -> list[str]:
     return re.findall(r'%([\w.-]+)', self.rest.partition('), ')[0])
 
@@ -214,7 +219,7 @@ class Module:
       instruction.name
       for instructions in self.computations.values()
       for instruction in instructions
-      if '"tpu_custom_call"' in instruction.rest
+      if instruction.is_kernel
     ]
 
   def _trips(self, loop: _Instruction) -> int:
@@ -263,7 +268,7 @@ class Module:
         else:
           found = instruction.attribute(r'"estimated_cycles":"(\d+)"')
           cycles = float(found or 0)
-          if '"tpu_custom_call"' in instruction.rest:
+          if instruction.is_kernel:
             cycles = kernels[instruction.name]
           if cycles:
             total[instruction.name, self.part(instruction)] += cycles * times

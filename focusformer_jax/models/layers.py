@@ -203,8 +203,8 @@ class LayerNorm(nnx.Module):
     distances from the first feature, which is always live. For any input
     (x_0 - mean)^2 is at most live * variance, so what the difference of the
     moments cancels stays below `live` roundings. In bfloat16 they are of x: the
-    difference cancels mean^2 / variance roundings of float32, and those of x
-    itself matter thousands of times as much.
+    difference cancels mean^2 / variance roundings of float32, which changes the
+    result less than the rounding of x itself does.
     """
     x = x_BND.astype(jnp.float32)
     scale, bias = self.scale.get_value(), self.bias.get_value()
