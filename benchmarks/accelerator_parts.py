@@ -434,7 +434,7 @@ def run_scoring(scale: Scale, space: str) -> Result:
     scale.seconds,
   )
   return {
-    'execution': experiment.scoring_execution,
+    'execution': experiment.execution,
     'milliseconds': 1e3 * seconds,
     'images_per_second': scale.batches[0] * count / seconds,
   }

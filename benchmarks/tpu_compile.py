@@ -254,9 +254,9 @@ def estimates(
   module = tpu_estimates.Module(hlo)
   kernel_cycles = {
     name: tpu_estimates.kernel_cycles(
-      kernels[name], OP_SHARE if name.startswith('randaugment') else 1
+      code, OP_SHARE if name.startswith('randaugment') else 1
     )
-    for name in module.kernels
+    for name, code in module.kernels(kernels).items()
   }
   hertz = CHIPS[case['topology'].partition(':')[0]].hertz
 

@@ -212,15 +212,24 @@ class Module:
     )
     return 'products' if is_product else 'other'
 
-  @property
-  def kernels(self) -> list[str]:
-    """Names of the instructions that run Pallas kernels."""
-    return [
-      instruction.name
+  def kernels(self, code: Mapping[str, str]) -> dict[str, str]:
+    """The final code of each Pallas kernel, by the name of its instruction.
+
+    Args:
+      code: As from `read_kernels`. The compiler writes kernels that are equal,
+        such as those of several layers, once.
+
+    Raises:
+      KeyError: No equal kernel is in `code`.
+    """
+    kernels = {
+      instruction.name: instruction.attribute(r'"body":"([^"]*)"')
       for instructions in self.computations.values()
       for instruction in instructions
       if instruction.is_kernel
-    ]
+    }
+    code_of = {kernels[name]: code[name] for name in kernels.keys() & code}
+    return {name: code_of[kernel] for name, kernel in kernels.items()}
 
   def _trips(self, loop: _Instruction) -> int:
     known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')

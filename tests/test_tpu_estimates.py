@@ -55,7 +55,9 @@ ENTRY %main (e: f32[8], i: s32[20000,1]) -> f32[8] {
   %i = s32[20000,1]{1,0} parameter(1)
   %loop = f32[8]{0} while(%e), condition=%test, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %branch = f32[8]{0} conditional(%p, %e, %e, %e), branch_computations={%cheap, %cheap, %dear}
-  %kernel.1 = f32[8]{0} custom-call(%e), custom_call_target="tpu_custom_call"
+  %kernel.1 = f32[8]{0} custom-call(%e), custom_call_target="tpu_custom_call", backend_config={"body":"TUw="}
+  %kernel.2 = f32[8]{0} custom-call(%e), custom_call_target="tpu_custom_call", backend_config={"body":"TUw="}
+  %ends.1 = f32[8]{0} custom-call(%e), custom_call_target="Sharding"
   %many = f32[20000]{0} gather(%e, %i), offset_dims={}, index_vector_dim=1, slice_sizes={1}
   ROOT %few = f32[10]{0} gather(%e, %few_indices), offset_dims={}, index_vector_dim=1, slice_sizes={1}
   %few_indices = s32[10,1]{1,0} constant(0)
@@ -78,14 +80,15 @@ LB: loop body
 
 def test_cycles_of_a_module_by_part():
   module = tpu_estimates.Module(HLO)
-  cycles = module.cycles({'kernel.1': 1000})
+  cycles = module.cycles({'kernel.1': 1000, 'kernel.2': 200})
   assert cycles == {
     ('norm', 'norms'): 30,
     ('product', 'products'): 300,
     ('copy.2', 'optimizer'): 5,
     ('kernel.1', 'other'): 1000,
+    ('kernel.2', 'other'): 200,
   }
-  assert module.cycles({'kernel.1': 0}, 'mean').total() == 333
+  assert module.cycles({'kernel.1': 0, 'kernel.2': 0}, 'mean').total() == 333
   parts = tpu_estimates.by_part(cycles, hertz=1e3)
   assert parts['norms'] == pytest.approx(30)
   assert tuple(parts) == tpu_estimates.PARTS
@@ -96,9 +99,13 @@ def test_kernel_without_bundles_is_refused():
     tpu_estimates.Module(HLO).cycles({})
 
 
-def test_kernels_are_those_of_pallas_alone():
+def test_equal_kernels_share_the_code_that_is_written_once():
   """The compiler dumps collectives too, whose code has no loop over a grid."""
-  assert tpu_estimates.Module(HLO).kernels == ['kernel.1']
+  module = tpu_estimates.Module(HLO)
+  code = {'kernel.1': BUNDLES, 'all-reduce.1': ''}
+  assert module.kernels(code) == {'kernel.1': BUNDLES, 'kernel.2': BUNDLES}
+  with pytest.raises(KeyError, match='TUw='):
+    module.kernels({'all-reduce.1': ''})
 
 
 def test_large_gathers_are_counted_by_their_indices():

@@ -13,6 +13,7 @@ parts of a batch that have an architecture each.
 
 from collections.abc import Callable, Mapping
 import contextlib
+import functools
 import math
 from typing import Any, TypeVar
 
@@ -32,6 +33,10 @@ Module = TypeVar('Module', bound=nnx.Module)
 # A module, or modules in tuples, lists and dictionaries.
 Modules = TypeVar('Modules')
 
+
+# Features that a TPU's matrix unit takes at once. A product with fewer has room
+# for columns that cost nothing.
+TPU_FEATURES = 128
 
 # The name of what rematerialization keeps if it computes only cheap things
 # again: the results of products with weights and those of attention, and the
@@ -178,6 +183,48 @@ def _add_row_backward(_, gradient_STF):
 
 
 _add_row.defvjp(_add_row_forward, _add_row_backward)
+
+
+@jax.custom_vjp
+def _one_product(
+  x_TD: Float[Array, 'T D'],
+  kernel_DF: Float[Array, 'D F'],
+  bias_SF: Float[Array, 'S F'],
+) -> Float[Array, 'T F']:
+  """x @ kernel + bias, with a row of bias for each of S equal parts of tokens.
+
+  x gets a column for each part, which is 1 for its tokens, and the kernel gets
+  the rows of bias. So the bias needs no pass over all tokens of its own, and
+  neither does its gradient.
+  """
+  kernel = jnp.concatenate([kernel_DF, bias_SF])
+  return _with_parts(x_TD, len(bias_SF)) @ kernel
+
+
+def _with_parts(x_TD, parts):
+  part_T = jnp.arange(len(x_TD)) // (len(x_TD) // parts)
+  columns_TS = jax.nn.one_hot(part_T, parts, dtype=x_TD.dtype)
+  return jnp.concatenate([x_TD, columns_TS], axis=1)
+
+
+def _one_product_forward(x_TD, kernel_DF, bias_SF):
+  return _one_product(x_TD, kernel_DF, bias_SF), (x_TD, kernel_DF, bias_SF)
+
+
+def _one_product_backward(saved, gradient_TF):
+  x_TD, kernel_DF, bias_SF = saved
+  product = functools.partial(
+    jnp.einsum, precision='highest' if x_TD.dtype == jnp.float32 else None
+  )
+  extended_TD = _with_parts(x_TD, len(bias_SF))
+  of_weights = product('td,tf->df', extended_TD, gradient_TF)
+  return (
+    product('tf,df->td', gradient_TF, kernel_DF),
+    *jnp.split(of_weights, [len(kernel_DF)]),
+  )
+
+
+_one_product.defvjp(_one_product_forward, _one_product_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -376,6 +423,7 @@ class Attention(nnx.Module):
     x_BND: Float[Array, 'B N D'],
     num_heads: Int[Array, '*S'] | None = None,
     attend: Callable[..., attention_lib.Results] = attention_lib.einsum,
+    one_product: bool = False,
   ) -> Float[Array, 'B N D']:
     """Attends; heads beyond `num_heads` (all live if None) give nothing.
 
@@ -383,6 +431,8 @@ class Attention(nnx.Module):
       x_BND: normalized tokens.
       num_heads: live heads of all examples, or of S equal parts in order.
       attend: one of `attention.IMPLEMENTATIONS`.
+      one_product: add biases of queries, keys and values as part of their
+        products where a TPU's matrix unit has room.
     """
     dtype = x_BND.dtype
     batch, tokens, width = x_BND.shape
@@ -399,10 +449,14 @@ class Attention(nnx.Module):
     x = x_BND.reshape(batch * tokens, width)
 
     def project(kernel, bias):
-      y = x @ kernel.get_value().reshape(width, H * K).astype(dtype)
-      row = bias.reshape(-1, 1, H * K).astype(dtype)
-      y = checkpoint_name(_add_row(_by_group(y, row), row), KEPT)
-      return y.reshape(batch, tokens, H, K)
+      kernel = kernel.get_value().reshape(width, H * K).astype(dtype)
+      rows = bias.reshape(-1, H * K).astype(dtype)
+      if one_product and -width % TPU_FEATURES >= len(rows):
+        y = _one_product(x, kernel, rows)
+      else:
+        rows = rows[:, None]
+        y = _add_row(_by_group(x @ kernel, rows), rows)
+      return checkpoint_name(y, KEPT).reshape(batch, tokens, H, K)
 
     q_BNHK, k_BNHK, v_BNHK = (
       project(kernel, bias[..., i, :, :])

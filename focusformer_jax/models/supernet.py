@@ -244,7 +244,7 @@ class Supernet(nnx.Module):
   def _apply(self, part, x_BND, live=None):
     if isinstance(part, layers.Attention):
       attend = attention_lib.IMPLEMENTATIONS[self.attention]
-      return part(x_BND, live, attend)
+      return part(x_BND, live, attend, self.attention == 'pallas')
     return part(x_BND, live)
 
   def _keep_branches(self, key, batch) -> Float[Array, 'L 2 B 1 1'] | None:
@@ -357,74 +357,20 @@ def _switch(index, branches, *operands):
   return run(index, *operands)
 
 
-# Switched over masked for the largest subnet on a TPU v5e, by its compiler's
-# cycle estimates for `tiny` at 128 images of 224x224: 134 ms over 104 ms. These
-# are of the code of 2026-11-22, with attention by einsums; no switched step has
-# been estimated since.
-SWITCH_OVERHEAD = 1.29
-# Widths are padded to the lanes of a TPU's vectors. GPUs have smaller tiles;
-# nothing was measured or estimated there.
-TILE = {'tpu': 128, 'gpu': 64}
-
-
-def relative_costs(
-  space: search_space.SearchSpace, tokens: int, tile: int, count: int
-) -> Float[np.ndarray, 'count']:
-  """Costs of uniformly drawn subnets, of the largest's, in padded MACs."""
-  rng = np.random.default_rng(0)
-
-  def padded(size):
-    return -(-np.asarray(size) // tile) * tile
-
-  def layer_cost(width, heads, mlp):
-    features = heads * space.head_dim
-    attention = 4 * padded(width) * padded(features) + 2 * tokens * features
-    return attention + 2 * padded(width) * padded(mlp)
-
-  def draw(choices, shape):
-    return rng.integers(len(choices), size=shape)
-
-  L = space.num_layers
-  embed = draw(space.embed_dim, (count, 1))
-  heads = np.asarray(space.num_heads)[draw(space.num_heads, (count, L))]
-  mlp = space.mlp_dims[embed, draw(space.mlp_ratio, (count, L))]
-  depth = np.asarray(space.depth)[draw(space.depth, (count, 1))]
-  width = np.asarray(space.embed_dim)[embed]
-  costs = layer_cost(width, heads, mlp) * (np.arange(L) < depth)
-  largest = layer_cost(
-    space.embed_dim[-1], space.num_heads[-1], space.mlp_dims.max()
-  )
-  return costs.sum(1) / (L * largest)
-
-
-def choose_execution(
-  space: search_space.SearchSpace,
-  tokens: int,
-  platform: str,
-  subnets: int,
-) -> Literal['masked', 'switched']:
+def choose_execution(platform: str) -> Literal['masked', 'switched']:
   """The execution that `config.supernet.execution = 'auto'` stands for.
 
-  On a CPU slices won wherever we measured (docs/results/). On accelerators a
-  model decides, in units of a masked step. A switched step costs
-  `SWITCH_OVERHEAD` times its subnet's padded MACs, and devices meet at the end
-  of a step, so the costliest of the subnets that run side by side counts. For
-  `tiny` the model gives 1.1 for one subnet and 1.2 for the worst of eight; the
-  TPU compiler's cycle estimates are 1.07 and 1.16. Two subnets that share a
-  device are two halves of its batch, which changes nothing here.
+  On a CPU slices won wherever we measured (docs/results/how-fast-is-a-step.md).
+  On a TPU v5e, by its compiler's estimates (docs/results/tpu-compilation.md),
+  slices gain nothing even for `pixels32`, whose subnets differ most in cost: a
+  step takes 1.00 of a masked one for the mean subnet and 1.18 for the largest,
+  and devices that run several subnets wait for the slowest. For `tiny` they are
+  1.58 and 2.27. GPUs have not been measured.
 
   Args:
-    space: gives the subnets.
-    tokens: of an image.
     platform: 'cpu', 'gpu' or 'tpu'.
-    subnets: different subnets that devices run at the same time.
   """
-  if platform == 'cpu':
-    return 'switched'
-  steps = 1000
-  costs = relative_costs(space, tokens, TILE[platform], steps * subnets)
-  slowest = costs.reshape(steps, subnets).max(1).mean()
-  return 'switched' if SWITCH_OVERHEAD * slowest < 1 else 'masked'
+  return 'switched' if platform == 'cpu' else 'masked'
 
 
 # Share of a device's memory that results kept for the backward pass may take.

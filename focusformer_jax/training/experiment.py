@@ -145,25 +145,10 @@ class Experiment:
 
   @functools.cached_property
   def execution(self) -> str:
-    """How the supernet trains: as configured, or what suits the devices."""
-    return self._execution(
-      min(self.settings.curriculum.subnets, self.mesh.size)
-    )
-
-  @functools.cached_property
-  def scoring_execution(self) -> str:
-    """How subnets are scored: all devices run the same one at a time."""
-    return self._execution(1)
-
-  def _execution(self, subnets: int) -> str:
+    """How the supernet runs: as configured, or what suits the devices."""
     if self.settings.supernet.execution != 'auto':
       return self.settings.supernet.execution
-    return supernet_lib.choose_execution(
-      self.space,
-      self.geometry.num_tokens,
-      sharding.platform(self.mesh),
-      subnets,
-    )
+    return supernet_lib.choose_execution(sharding.platform(self.mesh))
 
   @functools.cached_property
   def attention(self) -> str:

@@ -361,10 +361,7 @@ def score_images(
       classes are compared with; other networks need none.
   """
   mesh = experiment.mesh
-  supernet = sharding.gathered(mesh, supernet).executed(
-    experiment.scoring_execution
-  )
-
+  supernet = sharding.gathered(mesh, supernet)
   if experiment.geometry.num_classes:
     teacher = None
   if teacher is not None:
