@@ -363,7 +363,7 @@ def choose_execution(platform: str) -> Literal['masked', 'switched']:
   On a CPU slices won wherever we measured (docs/results/how-fast-is-a-step.md).
   On a TPU v5e, by its compiler's estimates (docs/results/tpu-compilation.md),
   slices gain nothing even for `pixels32`, whose subnets differ most in cost: a
-  step takes 1.00 of a masked one for the mean subnet and 1.18 for the largest,
+  step takes 1.04 of a masked one for the mean subnet and 1.22 for the largest,
   and devices that run several subnets wait for the slowest. For `tiny` they are
   1.58 and 2.27. GPUs have not been measured.
 
