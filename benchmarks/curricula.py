@@ -37,15 +37,13 @@ from etils import epath
 import jax
 import numpy as np
 from pymoo.indicators import hv
-from scipy import stats
 
+from benchmarks import curricula_alone as alone
 from benchmarks import curricula_jobs as jobs
 from benchmarks import curricula_tables as tables
 from focusformer_jax import config as config_lib
-from focusformer_jax import sharding
 from focusformer_jax import stages
 from focusformer_jax.deploy import retrain
-from focusformer_jax.models import vit
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import train
 
@@ -162,114 +160,14 @@ def keep_compiled_programs(workdir: os.PathLike):
     jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
-def trained_alone(
-  job: jobs.Job,
-  seed: int,
-  steps: int,
-  network: epath.Path,
-  workdir: epath.Path,
-) -> float:
-  """Test accuracy of a network's architecture, trained from new weights.
-
-  Args:
-    job: Job with the data set and the recipe.
-    seed: Seed of the new weights and of the order of images.
-    steps: Number of updates.
-    network: Directory of an extracted network; its weights are not used.
-    workdir: Where checkpoints and results go; a repeated call resumes.
-  """
-  if not (workdir / 'retrain/results.json').exists():
-    print(f'alone: {network.parent.name}, seed {seed}', flush=True)
-    optimizer = jobs.settings_of(job, 'uniform', seed).optimizer
-    recipe = {
-      'retrain.network': str(network),
-      'retrain.inherit': False,
-      'retrain.steps': steps,
-      'retrain.eval_every': steps,
-      'retrain.checkpoint_every': -(-steps // 4),
-    } | {
-      f'retrain.optimizer.{key}': getattr(optimizer, key)
-      for key in ('learning_rate', 'warmup_steps')
-    }
-    retrain.retrain(jobs.settings_of(job, 'uniform', seed, recipe), workdir)
-  results = json.loads((workdir / 'retrain/results.json').read_text())
-  return results['test_accuracy_after']
-
-
-def save_network(
-  workdir: epath.Path, settings: config_lib.Settings, row: dict[str, Any]
-) -> epath.Path:
-  """Extracts a subnet of a finished run, and returns its directory."""
-  values = row['architecture']
-  name = '-'.join(str(value).replace(' ', '') for value in values.values())
-  network = workdir.parent / 'alone' / name / 'network'
+def teacher(job: jobs.Job, workdir: epath.Path) -> str:
+  """Directory of the job's CNN teacher; trains it first if there is none."""
+  folder = workdir / job.name / 'teacher'
+  network = folder / 'retrain' / 'network'
   if not network.exists():
-    experiment = experiment_lib.create(settings)
-    with train.open_checkpoints(experiment, workdir) as checkpoints:
-      state = checkpoints.restore(experiment.abstract_state)
-    weights = sharding.on_host(experiment.mesh, state.scored)
-    arch = experiment.space.from_json(values)
-    vit.save(jax.device_put(vit.extract(weights, arch)), values, network)
-  return network
-
-
-def alone(
-  job: jobs.Job,
-  variant: str,
-  workdir: epath.Path,
-  runs: list[dict[str, Any]],
-  chosen: list[int],
-) -> list[dict[str, Any]]:
-  """Compares the answers of focus with the same networks trained alone.
-
-  Args:
-    job: The job.
-    variant: The variant of focus.
-    workdir: Directory of all runs.
-    runs: Results of that variant, by seed.
-    chosen: Numbers of the budgets, from 1.
-
-  Returns:
-    A row per budget: means over seeds of the test accuracy with inherited
-    weights and trained alone, and Kendall's tau of the two over all networks
-    of all rows, which is the same in each row, and None for a single network.
-  """
-  pairs = []
-  for seed, run in enumerate(runs):
-    answers = [row for row in run['rows'] if row['method'] == 'sampler']
-    answers.sort(key=lambda row: row['budget'])
-    folder = jobs.folder_of(workdir, job, variant, seed)
-    for number in chosen:
-      row = answers[number - 1]
-      network = save_network(folder, jobs.settings_of(job, variant, seed), row)
-      accuracy = trained_alone(
-        job,
-        seed,
-        run['steps'],
-        network,
-        network.parent / f'{run["steps"]}-{seed}',
-      )
-      pairs.append((row, accuracy))
-  tau = stats.kendalltau(
-    [row['test_accuracy'] for row, _ in pairs], [value for _, value in pairs]
-  ).statistic
-  rows = []
-  for number in chosen:
-    budget = answers[number - 1]['budget']
-    at_budget = [pair for pair in pairs if pair[0]['budget'] == budget]
-    rows.append(
-      {
-        'budget': budget,
-        'macs': float(np.mean([row['macs'] for row, _ in at_budget])),
-        'inherited': float(
-          np.mean([row['test_accuracy'] for row, _ in at_budget])
-        ),
-        'alone': float(np.mean([value for _, value in at_budget])),
-        'tau': None if np.isnan(tau) else float(tau),
-        'seeds': len(at_budget),
-      }
-    )
-  return rows
+    print('the CNN teacher', flush=True)
+    retrain.retrain(jobs.teacher_settings(job), folder)
+  return str(network)
 
 
 def main():
@@ -309,12 +207,15 @@ def main():
     for name in args.only:
       print(f'{name}, seed {seed}', flush=True)
       folder = jobs.folder_of(args.workdir, args.job, name, seed)
-      runs[name].append(outcome(jobs.settings_of(args.job, name, seed), folder))
+      settings = jobs.settings_of(args.job, name, seed)
+      if settings.distillation.teacher == jobs.CNN:
+        frozen = {'distillation.teacher': teacher(args.job, args.workdir)}
+        settings = jobs.settings_of(args.job, name, seed, frozen)
+      runs[name].append(outcome(settings, folder))
 
   summaries = {}
   for name, found in runs.items():
-    own = 'sampler' if name.startswith('focus') else 'evolution'
-    summaries[name] = summary(found, own)
+    summaries[name] = summary(found, jobs.method_of(name))
     if not args.job.long:
       summaries[name + tables.RANDOM] = summary(found, 'random')
   print(tables.table(summaries))
@@ -324,14 +225,17 @@ def main():
     print(tables.leads(summaries, 'focus'))
   result = {'seeds': list(range(args.seeds)), 'curricula': summaries}
   if args.alone:
-    result['alone'] = alone(
-      args.job,
-      'focus',
-      args.workdir,
-      runs['focus'][: args.alone_seeds],
-      args.alone,
-    )
-    print('\n' + tables.alone_table(result['alone']))
+    seeds = {
+      name: runs[name][: args.alone_seeds]
+      for name in ('focus', 'uniform')
+      if name in runs
+    }
+    compared = alone.compare(args.job, args.workdir, seeds, args.alone)
+    for name, rows in compared.items():
+      key = 'alone' if name == 'focus' else f'alone_{name}'
+      result[key] = rows
+      print(f'\nWhat {name} proposes, inherited and alone:\n')
+      print(tables.alone_table(rows))
   if args.json:
     args.json.write_text(json.dumps(result, indent=2) + '\n')
     tables.plot(summaries, args.json.with_suffix('.png'), args.job.name)

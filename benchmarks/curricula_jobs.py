@@ -1,7 +1,7 @@
 """The jobs that `curricula.py` compares curricula on, and the curricula."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import pathlib
 import runpy
@@ -76,15 +76,40 @@ def find_job(name: str) -> Job:
   return Job(stem, lambda: get_config(*([variant] if variant else [])))
 
 
+# Names a new CNN in `retrain.network`. In `distillation.teacher` it stands for
+# the directory of the trained one, which `curricula.py` fills in.
+CNN = 'cnn'
+
+# Seed and recipe of the CNN that teaches all rows of a job.
+TEACHER = {
+  'seed': 7,
+  'retrain.network': CNN,
+  'retrain.cnn_channels': (4, 8, 16, 32),
+  'retrain.cnn_blocks': 1,
+  'retrain.optimizer.learning_rate': 3e-3,
+}
+
 # Changes to the job, by name of the row. `share` is the number of steps divided
 # by that of the uniform curriculum, chosen for equal compute.
 VARIANTS: dict[str, dict[str, Any]] = {
   'uniform': {},
   'uniform_cost': {'share': 1.0},
+  # Exponents of arXiv 2503.10740.
+  'uniform, complexity-aware': {'curriculum.decay': (4.0, 0.25)},
   'sandwich': {'share': 0.27, 'distillation.loss': 'kl'},
   'sandwich, no distillation': {'share': 0.8},
   'attentive': {'share': 0.43},
   'focus': {'share': 1.004},
+  'uniform, CNN teacher': {
+    'share': 0.78,
+    'distillation.loss': 'kl',
+    'distillation.teacher': CNN,
+  },
+  'focus, CNN teacher': {
+    'share': 0.78,
+    'distillation.loss': 'kl',
+    'distillation.teacher': CNN,
+  },
   # The default until November 2026:
   'focus, as before': {
     'share': 1.22,
@@ -142,6 +167,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def method_of(variant: str) -> str:
+  """The search method whose answers are the variant's own."""
+  return 'sampler' if variant.startswith('focus') else 'evolution'
+
+
+def answers_of(
+  variant: str, run: dict[str, Any], chosen: Sequence[int]
+) -> list[dict[str, Any]]:
+  """The variant's own answers of a run at budgets by number, from 1."""
+  rows = [row for row in run['rows'] if row['method'] == method_of(variant)]
+  rows.sort(key=lambda row: row['budget'])
+  return [rows[number - 1] for number in chosen]
+
+
 def settings_of(
   job: Job, variant: str, seed: int, more: dict[str, Any] | None = None
 ) -> config_lib.Settings:
@@ -149,11 +188,10 @@ def settings_of(
   config = job.get_config()
   changes = job.changes | VARIANTS[variant]
   steps = round(changes.pop('share', 1.0) * (job.steps or config.train.steps))
-  name = variant.partition(',')[0]
-  method = 'sampler' if name == 'focus' else 'evolution'
+  method = method_of(variant)
   changes |= {
     'seed': seed,
-    'curriculum.name': name,
+    'curriculum.name': variant.partition(',')[0],
     'train.steps': steps,
     'train.eval_every': steps,
     'train.checkpoint_every': -(-steps // 4),
@@ -166,6 +204,19 @@ def settings_of(
   with config.unlocked(), config.ignore_type():
     config.update_from_flattened_dict(changes | (more or {}))
   return config_lib.parse(config)
+
+
+def teacher_settings(job: Job) -> config_lib.Settings:
+  """Settings that train the CNN teacher, for as many updates as `uniform`."""
+  settings = settings_of(job, 'uniform', TEACHER['seed'])
+  steps, warmup = settings.train.steps, settings.optimizer.warmup_steps
+  recipe = {
+    'retrain.steps': steps,
+    'retrain.eval_every': steps,
+    'retrain.checkpoint_every': -(-steps // 4),
+    'retrain.optimizer.warmup_steps': warmup,
+  }
+  return settings_of(job, 'uniform', TEACHER['seed'], TEACHER | recipe)
 
 
 def folder_of(

@@ -98,8 +98,9 @@ def plot(summaries: dict[str, Summary], path: pathlib.Path, job: str):
 
 
 def alone_table(rows: list[dict[str, Any]]) -> str:
-  """Markdown table of `alone`."""
+  """Markdown table of what `curricula_alone.compare` gives for a variant."""
   heading = ['budget', 'MACs', 'inherited', 'alone', 'inherited - alone']
+  heading += ['alone, a sixth of the compute']
   lines = [heading, ['---'] * len(heading)]
   for row in rows:
     inherited, value = 100 * row['inherited'], 100 * row['alone']
@@ -110,9 +111,12 @@ def alone_table(rows: list[dict[str, Any]]) -> str:
         f'{inherited:.1f}',
         f'{value:.1f}',
         f'{inherited - value:+.1f}',
+        f'{100 * row["alone_share"]:.1f}',
       ]
     )
-  return markdown(lines)
+  tau = rows[0]['tau']
+  found = 'no value' if tau is None else f'{tau:.2f}'
+  return f"{markdown(lines)}\n\nKendall's tau of inherited and alone: {found}"
 
 
 def unequal(summaries: dict[str, Summary]) -> list[str]:
