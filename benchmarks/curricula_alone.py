@@ -27,7 +27,7 @@ SHARES = 6
 FORWARD_AND_BACKWARD = 3
 
 
-class Supernet:
+class TrainedSupernet:
   """A trained supernet that scores architectures on test images.
 
   Args:
@@ -114,44 +114,36 @@ def compare(
     first two in the supernet of this variant, over the networks of all
     variants and budgets, averaged over seeds; None for fewer than two.
   """
-  answers = {
-    variant: [jobs.answers_of(variant, run, chosen) for run in of_variant]
-    for variant, of_variant in runs.items()
-  }
-  alone = {}
   rows = {variant: [] for variant in runs}
   taus = {variant: [] for variant in runs}
   for seed in range(len(next(iter(runs.values())))):
     supernets = {
-      variant: Supernet(
+      variant: TrainedSupernet(
         jobs.settings_of(job, variant, seed),
         jobs.folder_of(workdir, job, variant, seed),
       )
       for variant in runs
     }
+    alone = {}  # By architecture.
     for variant, supernet in supernets.items():
       run = runs[variant][seed]
       batch = jobs.settings_of(job, variant, seed).data.batch_size
-      for row in answers[variant][seed]:
+      for row in jobs.answers_of(variant, run, chosen):
         values = row['architecture']
         name = '-'.join(str(v).replace(' ', '') for v in values.values())
         network = workdir / job.name / 'alone' / name / 'network'
         supernet.save(values, network)
         per_update = FORWARD_AND_BACKWARD * row['macs'] * batch
         share = round(run['gigamacs'] * 1e9 / SHARES / per_update)
-        found = trained_alone(job, seed, run['steps'], network)
-        alone[seed, json.dumps(values)] = found
-        rows[variant].append(
-          row
-          | {
-            'alone': found,
-            'alone_share': trained_alone(job, seed, share, network),
-          }
-        )
-    of_seed = {name: value for (s, name), value in alone.items() if s == seed}
+        accuracies = {
+          'alone': trained_alone(job, seed, run['steps'], network),
+          'alone_share': trained_alone(job, seed, share, network),
+        }
+        rows[variant].append(row | accuracies)
+        alone[json.dumps(values)] = accuracies['alone']
     for variant, supernet in supernets.items():
-      inherited = supernet.test_accuracies([json.loads(n) for n in of_seed])
-      tau = stats.kendalltau(inherited, list(of_seed.values())).statistic
+      inherited = supernet.test_accuracies([json.loads(n) for n in alone])
+      tau = stats.kendalltau(inherited, list(alone.values())).statistic
       taus[variant].append(tau)
   return {
     variant: _means(rows[variant], float(np.mean(taus[variant])))
