@@ -8,9 +8,10 @@ Trains a supernet with every curriculum and seed, gets networks for six budgets
 from each, and evaluates them on test images. Focus proposes the sampler's
 answers; the other curricula propose the results of evolution in their
 supernets. In the short jobs every supernet also proposes the best of 32 uniform
-draws per budget. With `--alone`, the architectures that focus answers to some
-budgets are also trained from new weights, for as many updates as the supernet.
-Prints tables, and draws a plot beside the JSON.
+draws per budget. With `--alone`, the architectures that focus (or the curricula
+of `--alone-of`) answers to some budgets are also trained from new weights, for
+as many updates as the supernet and with a sixth of its multiply-adds. Prints
+tables, and draws a plot beside the JSON.
 
 `--job` is a name or a config file, such as `configs/cifar100.py`; a config's
 `train.steps` are those of the uniform curriculum. The numbers of steps are
@@ -68,6 +69,7 @@ def outcome(
   }
   table = experiment.cost_bins.table
   return {
+    'settings': settings,
     'steps': settings.train.steps,
     'gigamacs': float(state.gigamacs),
     'trained': trained,
@@ -186,7 +188,14 @@ def main():
     nargs='+',
     choices=range(1, 7),
     default=[],
-    help="budgets, 1 to 6, whose answers of 'focus' are trained alone too",
+    help='budgets, 1 to 6, whose answers are trained alone too',
+  )
+  parser.add_argument(
+    '--alone-of',
+    nargs='+',
+    choices=jobs.VARIANTS,
+    default=['focus'],
+    help='curricula whose answers --alone trains',
   )
   parser.add_argument(
     '--alone-seeds', type=int, default=1, help='seeds that --alone does so for'
@@ -195,10 +204,12 @@ def main():
   args = parser.parse_args()
   if args.seeds < 2:
     parser.error(f'--seeds: wanted at least 2, found {args.seeds}')
-  if args.alone and 'focus' not in args.only:
-    parser.error('--alone: wanted focus among --only')
+  if args.alone and (missing := set(args.alone_of) - set(args.only)):
+    parser.error(
+      f'--alone-of: wanted curricula of --only, found {", ".join(missing)}'
+    )
   flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
-  logging.set_verbosity(logging.WARNING)
+  logging.set_verbosity(logging.ERROR)  # Orbax warns of what is no fault.
   keep_compiled_programs(args.workdir)
 
   # All curricula of one seed run first, so that early results can be compared.
@@ -225,11 +236,7 @@ def main():
     print(tables.leads(summaries, 'focus'))
   result = {'seeds': list(range(args.seeds)), 'curricula': summaries}
   if args.alone:
-    seeds = {
-      name: runs[name][: args.alone_seeds]
-      for name in ('focus', 'uniform')
-      if name in runs
-    }
+    seeds = {name: runs[name][: args.alone_seeds] for name in args.alone_of}
     compared = alone.compare(args.job, args.workdir, seeds, args.alone)
     for name, rows in compared.items():
       key = 'alone' if name == 'focus' else f'alone_{name}'

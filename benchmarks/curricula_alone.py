@@ -119,7 +119,7 @@ def compare(
   for seed in range(len(next(iter(runs.values())))):
     supernets = {
       variant: TrainedSupernet(
-        jobs.settings_of(job, variant, seed),
+        runs[variant][seed]['settings'],
         jobs.folder_of(workdir, job, variant, seed),
       )
       for variant in runs
@@ -127,7 +127,7 @@ def compare(
     alone = {}  # By architecture.
     for variant, supernet in supernets.items():
       run = runs[variant][seed]
-      batch = jobs.settings_of(job, variant, seed).data.batch_size
+      batch = run['settings'].data.batch_size
       for row in jobs.answers_of(variant, run, chosen):
         values = row['architecture']
         name = '-'.join(str(v).replace(' ', '') for v in values.values())
