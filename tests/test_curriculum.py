@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks import curricula_jobs
 from configs import digits
 from focusformer_jax import config as config_lib
 from focusformer_jax.sampler import conditional
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import curricula
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.enumerated import ALL
 from tests.enumerated import COSTS
 
@@ -231,3 +232,17 @@ def test_after_warmup_moves_in_a_straight_line():
   schedule = curricula.after_warmup(settings, 0.4, 0.1)
   found = [float(schedule(total * share)) for share in (0, 0.5, 0.75, 1)]
   np.testing.assert_allclose(found, [0.4, 0.4, 0.25, 0.1], atol=1e-6)
+
+
+@pytest.mark.parametrize('variant', curricula_jobs.VARIANTS)
+@pytest.mark.parametrize(
+  'job', ['digits', f'{ROOT}/configs/digits.py:smoke'], ids=['named', 'file']
+)
+def test_rows_of_the_benchmark_are_configs(job, variant):
+  settings = curricula_jobs.settings_of(
+    curricula_jobs.find_job(job), variant, seed=3
+  )
+  assert settings.seed == 3
+  assert settings.curriculum.name == variant.partition(',')[0]
+  asks_sampler = settings.search.method[0] == 'sampler'
+  assert asks_sampler == (settings.curriculum.name == 'focus')
