@@ -53,7 +53,8 @@ JOBS = {
       'fashion_mnist', fashion_mnist.get_config, PATCHES_OF_7, 1500, long=False
     ),
     Job('fashion_mnist_long', fashion_mnist.get_config, PATCHES_OF_7, 4500),
-    # A quarter of what six networks alone take for 4,500 updates each.
+    # 4 TMACs: a quarter of what six networks that fill their budgets take for
+    # 4,500 updates each.
     Job('fashion_mnist_quarter', fashion_mnist.get_config, PATCHES_OF_7, 8200),
     Job('fashion_mnist_longer', fashion_mnist.get_config, PATCHES_OF_7, 13_500),
   )
