@@ -69,7 +69,6 @@ def outcome(
   }
   table = experiment.cost_bins.table
   return {
-    'settings': settings,
     'steps': settings.train.steps,
     'gigamacs': float(state.gigamacs),
     'trained': trained,
@@ -97,13 +96,7 @@ def mean_and_error(values: list[float]) -> dict[str, float]:
 
 def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
   """Means over one curriculum's seeds for the networks of one method."""
-  rows = [
-    sorted(
-      (row for row in run['rows'] if row['method'] == method),
-      key=lambda row: row['budget'],
-    )
-    for run in runs
-  ]
+  rows = [jobs.rows_of(run, method) for run in runs]
   return (
     {
       'method': method,
@@ -168,7 +161,8 @@ def teacher(job: jobs.Job, workdir: epath.Path) -> str:
   network = folder / 'retrain' / 'network'
   if not network.exists():
     print('the CNN teacher', flush=True)
-    retrain.retrain(jobs.teacher_settings(job), folder)
+    settings = jobs.alone_settings(job, jobs.TEACHER_SEED, None, jobs.TEACHER)
+    retrain.retrain(settings, folder)
   return str(network)
 
 

@@ -3,60 +3,26 @@
 A part of `curricula.py`.
 """
 
+from collections.abc import Sequence
 import json
 from typing import Any
 
 from etils import epath
-import jax
 import numpy as np
 from scipy import stats
 
 from benchmarks import curricula_jobs as jobs
-from focusformer_jax import config as config_lib
-from focusformer_jax import sharding
+from focusformer_jax import runs as runs_lib
 from focusformer_jax.deploy import retrain
 from focusformer_jax.models import vit
 from focusformer_jax.search import score_cache
+from focusformer_jax.spaces import search_space
 from focusformer_jax.training import evaluate
-from focusformer_jax.training import experiment as experiment_lib
-from focusformer_jax.training import train
 
 # Networks that share the multiply-adds of one supernet.
 SHARES = 6
 # Multiply-adds of an update by those of a forward pass.
 FORWARD_AND_BACKWARD = 3
-
-
-class TrainedSupernet:
-  """A trained supernet that scores architectures on test images.
-
-  Args:
-    settings: Settings of its run.
-    workdir: Workdir of its run, which must be finished.
-  """
-
-  def __init__(self, settings: config_lib.Settings, workdir: epath.Path):
-    self.experiment = experiment_lib.create(settings)
-    with train.open_checkpoints(self.experiment, workdir) as checkpoints:
-      self._state = checkpoints.restore(self.experiment.abstract_state)
-    self._scorer = score_cache.Scorer(
-      self.experiment,
-      evaluate.Evaluator(self.experiment),
-      self._state,
-      workdir / 'search' / 'scores.jsonl',
-    )
-
-  def test_accuracies(self, values: list[dict[str, Any]]) -> list[float]:
-    """Test accuracies with inherited weights of architectures in JSON."""
-    archs = [self.experiment.space.from_json(value) for value in values]
-    return [score.accuracy for score in self._scorer.test(archs)]
-
-  def save(self, values: dict[str, Any], network: epath.Path):
-    """Extracts a subnet, unless the directory exists already."""
-    if not network.exists():
-      weights = sharding.on_host(self.experiment.mesh, self._state.scored)
-      arch = self.experiment.space.from_json(values)
-      vit.save(jax.device_put(vit.extract(weights, arch)), values, network)
 
 
 def trained_alone(
@@ -75,18 +41,8 @@ def trained_alone(
   workdir = network.parent / f'{steps}-{seed}'
   if not (workdir / 'retrain/results.json').exists():
     print(f'alone: {network.parent.name}, {steps:,} updates', flush=True)
-    optimizer = jobs.settings_of(job, 'uniform', seed).optimizer
-    recipe = {
-      'retrain.network': str(network),
-      'retrain.inherit': False,
-      'retrain.steps': steps,
-      'retrain.eval_every': steps,
-      'retrain.checkpoint_every': -(-steps // 4),
-    } | {
-      f'retrain.optimizer.{key}': getattr(optimizer, key)
-      for key in ('learning_rate', 'warmup_steps')
-    }
-    retrain.retrain(jobs.settings_of(job, 'uniform', seed, recipe), workdir)
+    weights = {'retrain.network': str(network), 'retrain.inherit': False}
+    retrain.retrain(jobs.alone_settings(job, seed, steps, weights), workdir)
   results = json.loads((workdir / 'retrain/results.json').read_text())
   return results['test_accuracy_after']
 
@@ -117,22 +73,22 @@ def compare(
   rows = {variant: [] for variant in runs}
   taus = {variant: [] for variant in runs}
   for seed in range(len(next(iter(runs.values())))):
+    batch = jobs.settings_of(job, 'uniform', seed).data.batch_size
     supernets = {
-      variant: TrainedSupernet(
-        runs[variant][seed]['settings'],
-        jobs.folder_of(workdir, job, variant, seed),
-      )
+      variant: runs_lib.load_run(jobs.folder_of(workdir, job, variant, seed))
       for variant in runs
     }
-    alone = {}  # By architecture.
+    alone = {}  # Architectures and accuracies, by the network's name.
     for variant, supernet in supernets.items():
       run = runs[variant][seed]
-      batch = run['settings'].data.batch_size
-      for row in jobs.answers_of(variant, run, chosen):
+      answers = jobs.rows_of(run, jobs.method_of(variant))
+      for row in (answers[number - 1] for number in chosen):
         values = row['architecture']
+        arch = supernet.space.from_json(values)
         name = '-'.join(str(v).replace(' ', '') for v in values.values())
         network = workdir / job.name / 'alone' / name / 'network'
-        supernet.save(values, network)
+        if not network.exists():
+          vit.save(supernet.extract(arch), values, network)
         per_update = FORWARD_AND_BACKWARD * row['macs'] * batch
         share = round(run['gigamacs'] * 1e9 / SHARES / per_update)
         accuracies = {
@@ -140,15 +96,25 @@ def compare(
           'alone_share': trained_alone(job, seed, share, network),
         }
         rows[variant].append(row | accuracies)
-        alone[json.dumps(values)] = accuracies['alone']
+        alone[name] = arch, accuracies['alone']
     for variant, supernet in supernets.items():
-      inherited = supernet.test_accuracies([json.loads(n) for n in alone])
-      tau = stats.kendalltau(inherited, list(alone.values())).statistic
-      taus[variant].append(tau)
+      taus[variant].append(_tau(supernet, *zip(*alone.values(), strict=True)))
   return {
     variant: _means(rows[variant], float(np.mean(taus[variant])))
     for variant in runs
   }
+
+
+def _tau(
+  supernet: runs_lib.Run,
+  archs: Sequence[search_space.Architecture],
+  alone: Sequence[float],
+) -> float:
+  """Kendall's tau of test accuracies inherited and alone; NaN for one."""
+  evaluator = evaluate.Evaluator(supernet.experiment)
+  scorer = score_cache.Scorer(supernet.experiment, evaluator, supernet.state)
+  inherited = [score.accuracy for score in scorer.test(archs)]
+  return float(stats.kendalltau(inherited, alone).statistic)
 
 
 def _means(rows: list[dict[str, Any]], tau: float) -> list[dict[str, Any]]:

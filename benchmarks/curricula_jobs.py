@@ -1,7 +1,7 @@
 """The jobs that `curricula.py` compares curricula on, and the curricula."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import pathlib
 import runpy
@@ -79,18 +79,16 @@ def find_job(name: str) -> Job:
   return Job(stem, lambda: get_config(*([variant] if variant else [])))
 
 
-# Names a new CNN in `retrain.network`. In `distillation.teacher` it stands for
-# the directory of the trained one, which `curricula.py` fills in.
+# Stands for the directory of a trained CNN, which `curricula.py` fills in.
 CNN = 'cnn'
-
-# Seed and recipe of the CNN that teaches all rows of a job.
+# The CNN that teaches all rows of a job, and its seed.
 TEACHER = {
-  'seed': 7,
-  'retrain.network': CNN,
+  'retrain.network': 'cnn',
   'retrain.cnn_channels': (4, 8, 16, 32),
   'retrain.cnn_blocks': 1,
-  'retrain.optimizer.learning_rate': 3e-3,
 }
+TEACHER_SEED = 7
+CNN_TEACHER = {'distillation.loss': 'kl', 'distillation.teacher': CNN}
 
 # Changes to the job, by name of the row. `share` is the number of steps divided
 # by that of the uniform curriculum, chosen for equal compute.
@@ -103,16 +101,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'sandwich, no distillation': {'share': 0.8},
   'attentive': {'share': 0.43},
   'focus': {'share': 1.004},
-  'uniform, CNN teacher': {
-    'share': 0.775,
-    'distillation.loss': 'kl',
-    'distillation.teacher': CNN,
-  },
-  'focus, CNN teacher': {
-    'share': 0.77,
-    'distillation.loss': 'kl',
-    'distillation.teacher': CNN,
-  },
+  'uniform, CNN teacher': {'share': 0.775} | CNN_TEACHER,
+  'focus, CNN teacher': {'share': 0.77} | CNN_TEACHER,
   # The default until November 2026:
   'focus, as before': {
     'share': 1.22,
@@ -181,13 +171,10 @@ def method_of(variant: str) -> str:
   return 'sampler' if variant.startswith('focus') else 'evolution'
 
 
-def answers_of(
-  variant: str, run: dict[str, Any], chosen: Sequence[int]
-) -> list[dict[str, Any]]:
-  """The variant's own answers of a run at budgets by number, from 1."""
-  rows = [row for row in run['rows'] if row['method'] == method_of(variant)]
-  rows.sort(key=lambda row: row['budget'])
-  return [rows[number - 1] for number in chosen]
+def rows_of(run: dict[str, Any], method: str) -> list[dict[str, Any]]:
+  """The answers of one method, by ascending budget."""
+  rows = [row for row in run['rows'] if row['method'] == method]
+  return sorted(rows, key=lambda row: row['budget'])
 
 
 def settings_of(
@@ -215,17 +202,27 @@ def settings_of(
   return config_lib.parse(config)
 
 
-def teacher_settings(job: Job) -> config_lib.Settings:
-  """Settings that train the CNN teacher, for as many updates as `uniform`."""
-  settings = settings_of(job, 'uniform', TEACHER['seed'])
-  steps, warmup = settings.train.steps, settings.optimizer.warmup_steps
+def alone_settings(
+  job: Job, seed: int, steps: int | None, network: dict[str, Any]
+) -> config_lib.Settings:
+  """Settings that train one network by the recipe of the uniform supernet.
+
+  Args:
+    job: The job.
+    seed: Seed of the weights and of the order of images.
+    steps: Number of updates; None for as many as the supernet.
+    network: Keys of `config.retrain` that say which network.
+  """
+  uniform = settings_of(job, 'uniform', seed)
+  steps = steps or uniform.train.steps
   recipe = {
     'retrain.steps': steps,
     'retrain.eval_every': steps,
     'retrain.checkpoint_every': -(-steps // 4),
-    'retrain.optimizer.warmup_steps': warmup,
+    'retrain.optimizer.learning_rate': uniform.optimizer.learning_rate,
+    'retrain.optimizer.warmup_steps': uniform.optimizer.warmup_steps,
   }
-  return settings_of(job, 'uniform', TEACHER['seed'], TEACHER | recipe)
+  return settings_of(job, 'uniform', seed, recipe | network)
 
 
 def folder_of(

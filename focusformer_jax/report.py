@@ -86,13 +86,12 @@ def pareto_plot(results: dict[str, Any]) -> figure_lib.Figure:
     if row['method'] in ('smallest', 'largest'):
       point = row[cost], 100 * row['test_accuracy']
       axes.scatter(*point, color='0.4', marker='x', zorder=5)
-      left = row['method'] == 'largest'
       axes.annotate(
         row['method'],
         point,
-        xytext=(-6 if left else 6, -12),
+        xytext=(0, -15),
         textcoords='offset points',
-        ha='right' if left else 'left',
+        ha='center',
         color='0.4',
       )
   axes.set_xscale('log')
