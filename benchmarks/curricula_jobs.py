@@ -14,7 +14,14 @@ from configs import digits
 from configs import fashion_mnist
 from focusformer_jax import config as config_lib
 
-CURRICULA = ('uniform', 'uniform_cost', 'sandwich', 'attentive', 'focus')
+CURRICULA = (
+  'uniform',
+  'uniform_cost',
+  'shift',
+  'sandwich',
+  'attentive',
+  'focus',
+)
 
 PATCHES_OF_7 = {
   'supernet.patch_size': 7,
@@ -100,6 +107,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'sandwich': {'share': 0.27, 'distillation.loss': 'kl'},
   'sandwich, no distillation': {'share': 0.8},
   'attentive': {'share': 0.43},
+  'shift': {'share': 0.95},
   'focus': {'share': 1.004},
   'uniform, CNN teacher': {'share': 0.775} | CNN_TEACHER,
   'focus, CNN teacher': {'share': 0.77} | CNN_TEACHER,

@@ -26,6 +26,7 @@ import jax
 from focusformer_jax import config as config_lib
 from focusformer_jax import sharding
 from focusformer_jax.data import batches as batches_lib
+from focusformer_jax.training import curricula
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import steps
@@ -41,7 +42,7 @@ def load(path: pathlib.Path) -> config_lib.Settings:
 def draw(experiment, state: state_lib.TrainState):
   """Draws the subnets of one step."""
   key = state_lib.stream_key(0, state_lib.Stream.CURRICULUM, state.step)
-  return experiment.draw(key, state.step, state.policy, None)
+  return experiment.draw(key, curricula.Context(state.step, state.policy))
 
 
 def main():

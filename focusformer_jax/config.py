@@ -358,8 +358,17 @@ class Curriculum(schema.Section):
     '`focus` trains proposals of the sampler. `uniform` draws each choice '
     'uniformly. `uniform_cost` draws a budget, then an architecture within it. '
     '`sandwich` trains the smallest, the largest and uniform draws. '
-    '`attentive` keeps one of several candidates by its held-out loss.',
-    choices=('uniform', 'uniform_cost', 'sandwich', 'attentive', 'focus'),
+    '`attentive` keeps one of several candidates by its held-out loss. `shift` '
+    'draws more often from those parts of the cost range whose held-out loss '
+    'still falls.',
+    choices=(
+      'uniform',
+      'uniform_cost',
+      'sandwich',
+      'attentive',
+      'focus',
+      'shift',
+    ),
   )
   subnets: int = key(
     4,
@@ -393,6 +402,16 @@ class Curriculum(schema.Section):
     'best',
     '`attentive`: which candidate to train.',
     choices=('best', 'worst'),
+  )
+  parts: int = key(
+    4,
+    '`shift`: number of equal parts of the logarithm of the cost range.',
+    at_least=2,
+  )
+  look_every: int = key(
+    200,
+    '`shift`: steps between looks at the held-out loss of each part.',
+    at_least=1,
   )
   strata: bool = key(
     True,

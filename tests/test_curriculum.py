@@ -33,14 +33,12 @@ def parse(name, distillation='none', window=0.0, **options):
   return config_lib.parse(config)
 
 
-def draw(bins, settings, step=0, policy=None, score=None):
+def draw(bins, settings, step=0, **seen):
   """Indices into `ALL` of 1,000 calls' draws, of shape (1000, 4)."""
   make = curricula.make(settings, TINY, bins)
   keys = jax.random.split(jax.random.key(7), CALLS)
-  step = jnp.int32(step)
-  archs = jax.jit(jax.vmap(lambda key: make(key, step, policy, score).archs))(
-    keys
-  )
+  context = curricula.Context(jnp.int32(step), **seen)
+  archs = jax.jit(jax.vmap(lambda key: make(key, context).archs))(keys)
   return identify(archs)
 
 
@@ -117,6 +115,40 @@ def test_attentive_keeps_the_end_of_its_candidates(bins, keep):
   place = np.searchsorted(costs, np.asarray(COSTS)[found])
   counts = np.bincount(place.ravel(), minlength=len(costs))
   assert_goodness(counts, probability)
+
+
+def test_shift_draws_uniformly_within_parts_by_their_shares(bins):
+  share_P = np.array([0.1, 0.2, 0.3, 0.4])
+  found = draw(
+    bins,
+    parse('shift', parts=len(share_P)),
+    shares=curricula.Shares(np.zeros(4, np.float32), jnp.array(share_P)),
+  )
+  ends = np.geomspace(*map(float, bins.range), len(share_P) + 1)
+  inside = (ends[:-1, None] < COSTS) & (ends[1:, None] >= COSTS)
+  inside[0] |= COSTS == COSTS.min()
+  inside[-1] |= COSTS == COSTS.max()
+  assert (inside.sum(0) == 1).all()
+  assert_distributed(found, share_P @ (inside / inside.sum(1, keepdims=True)))
+
+
+def test_a_probe_stands_for_each_part(bins):
+  options = parse('shift', parts=3).curriculum
+  costs = COSTS[identify(curricula.probes(options, TINY, bins))]
+  position = np.log(costs / COSTS.min()) / np.log(COSTS.max() / COSTS.min())
+  assert np.ceil(3 * position).astype(int).clip(1).tolist() == [1, 2, 3]
+
+
+def test_shares_shift_to_where_the_loss_fell():
+  start = curricula.even_shares(parse('shift', parts=4).curriculum)
+  first = curricula.shifted(start, np.float32([2, 2, 2, 2]))
+  np.testing.assert_allclose(first.share_P, 0.25)
+  second = curricula.shifted(first, np.float32([2.5, 2, 1.9, 1.7]))
+  np.testing.assert_allclose(
+    second.share_P, [0.125, 0.125, 0.25, 0.5], rtol=1e-5
+  )
+  third = curricula.shifted(second, np.float32([3, 3, 3, 3]))
+  np.testing.assert_allclose(third.share_P, 0.25)
 
 
 @pytest.mark.parametrize('distillation', ['none', 'kl'])

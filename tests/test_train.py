@@ -26,6 +26,8 @@ from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.models import cnn
 from focusformer_jax.models import networks
 from focusformer_jax.models import vit
+from focusformer_jax.spaces import search_space
+from focusformer_jax.training import curricula
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import loop
@@ -224,6 +226,46 @@ def test_gigamacs_count_the_candidates_of_attentive(tfds_dir):
   scored = (float(state.gigamacs) - trained) * 1e9 / (32 * 4 * 3)
   table = experiment.tables['macs']
   assert table.minimum < scored < table.maximum
+
+
+def test_shift_scores_a_probe_of_each_part(tfds_dir):
+  experiment = experiment_lib.create(
+    smoke_settings(tfds_dir, curriculum__name='shift'), jax.devices()[:1]
+  )
+  evaluator = evaluate.Evaluator(experiment)
+  heldout, state = experiment.dataset.split('heldout'), experiment.init_state()
+  archs = search_space.unstack(
+    curricula.probes(
+      experiment.settings.curriculum, experiment.space, experiment.cost_bins
+    )
+  )
+  shifted = train.shift(experiment, evaluator, state, heldout)
+  scores = evaluator.score(state.supernet, archs, heldout)
+  np.testing.assert_allclose(
+    shifted.shares.loss_P, [score.loss for score in scores], rtol=1e-6
+  )
+  macs = sum(experiment.tables['macs'].of(arch) for arch in archs)
+  assert float(shifted.gigamacs) * 1e9 == pytest.approx(macs * len(heldout))
+
+
+def test_shift_resumes_with_its_shares(tfds_dir, tmp_path):
+  options = {
+    'curriculum__name': 'shift',
+    'curriculum__look_every': 1,
+    'train__steps': 4,
+    'train__checkpoint_every': 2,
+  }
+  experiment = experiment_lib.create(
+    smoke_settings(tfds_dir, **options), jax.devices()[:1]
+  )
+  evaluator = evaluate.Evaluator(experiment)
+  whole = train.train(experiment, evaluator, tmp_path)
+  (tmp_path / train.CHECKPOINTS / '4').rename(tmp_path / 'last')
+  resumed = train.train(experiment, evaluator, tmp_path)
+  np.testing.assert_allclose(whole.shares.share_P.sum(), 1, rtol=1e-6)
+  for one, other in zip(whole.shares, resumed.shares, strict=True):
+    np.testing.assert_array_equal(one, other)
+  assert resumed.gigamacs == whole.gigamacs
 
 
 def test_optimizer_options_train_and_restore(tfds_dir, tmp_path):

@@ -1,11 +1,11 @@
 """Curricula: rules by which a training step picks its subnets.
 
-A curriculum is a function `draw(key, step, policy, score) -> Drawn`, traced
-into the training step. `CURRICULA` has a factory for each.
+A curriculum is a function `draw(key, context) -> Drawn`, traced into the
+training step. `CURRICULA` has a factory for each.
 
 Letters: `A` architectures, `S` subnets of a training step, `D` depth choices,
 `E` embed choices, `H` head choices, `R` ratio choices, `L` layers, `K`
-candidates.
+candidates, `P` parts of the cost range.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 import optax
 
 from focusformer_jax import config as config_lib
@@ -36,9 +37,39 @@ class Drawn(NamedTuple):
   scored: search_space.Architecture | None = None
 
 
+class Shares(NamedTuple):
+  """How often `shift` draws from each part of the cost range.
+
+  Args:
+    loss_P: Held-out loss of each part at the last look; 0 before the first.
+    share_P: Probability of each part.
+  """
+
+  loss_P: Float[ArrayLike, 'P']
+  share_P: Float[ArrayLike, 'P']
+
+
 # Held-out losses of A architectures.
 Score = Callable[[search_space.Architecture], Float[Array, 'A']]
-Draw = Callable[[jax.Array, Int[Array, ''], policy_lib.Policy, Score], Drawn]
+
+
+class Context(NamedTuple):
+  """What a draw may depend on.
+
+  Args:
+    step: Number of finished updates.
+    policy: The sampler.
+    score: Looks at a held-out batch; None where `wants_scores` is false.
+    shares: For `shift`.
+  """
+
+  step: Int[Array, '']
+  policy: policy_lib.Policy | None = None
+  score: Score | None = None
+  shares: Shares | None = None
+
+
+Draw = Callable[[jax.Array, Context], Drawn]
 Factory = Callable[
   [config_lib.Settings, search_space.SearchSpace, cost_bins.CostBins], Draw
 ]
@@ -87,8 +118,8 @@ def uniform(
   del bins
   count = settings.curriculum.subnets
 
-  def draw(key, step, policy, score):
-    del step, policy, score
+  def draw(key, context):
+    del context
     return Drawn(jax.vmap(space.uniform)(jax.random.split(key, count)))
 
   return draw
@@ -106,8 +137,8 @@ def uniform_cost(
   """
   within_budgets = _within_uniform_budgets(settings, space, bins, 1)
 
-  def draw(key, step, policy, score):
-    del step, policy, score
+  def draw(key, context):
+    del context
     return Drawn(within_budgets(key))
 
   return draw
@@ -132,10 +163,9 @@ def attentive(
   pick = {'best': jnp.argmin, 'worst': jnp.argmax}[settings.curriculum.keep]
   within_budgets = _within_uniform_budgets(settings, space, bins, candidates)
 
-  def draw(key, step, policy, score):
-    del step, policy
+  def draw(key, context):
     drawn = within_budgets(key)
-    loss_SK = score(drawn).reshape(count, candidates)
+    loss_SK = context.score(drawn).reshape(count, candidates)
     kept_S = jnp.arange(count) * candidates + pick(loss_SK, 1)
     return Drawn(jax.tree.map(lambda leaf: leaf[kept_S], drawn), drawn)
 
@@ -157,8 +187,8 @@ def sandwich(
     ends = ends[1:]
   draw_uniformly = uniform(settings, space, bins)
 
-  def draw(key, step, policy, score):
-    drawn = draw_uniformly(key, step, policy, score).archs
+  def draw(key, context):
+    drawn = draw_uniformly(key, context).archs
     return Drawn(
       jax.tree.map(
         lambda fixed, leaf: jnp.concatenate([fixed, leaf[len(ends) :]]),
@@ -215,11 +245,10 @@ def focus(
     drawn = conditional.sample(draw_key, weights, bins, bound, 1, lower)
     return jax.tree.map(lambda leaf: leaf[0], drawn)
 
-  def draw(key, step, policy, score):
-    del score
+  def draw(key, context):
     keys = jax.random.split(key, count)
     draw_all = jax.vmap(draw_one, (0, 0, None, None))
-    drawn = draw_all(keys, jnp.arange(count), step, policy)
+    drawn = draw_all(keys, jnp.arange(count), context.step, context.policy)
     if options.largest:
       pinned = jax.random.bernoulli(
         jax.random.fold_in(key, count), options.largest
@@ -234,12 +263,37 @@ def focus(
   return draw
 
 
+def shift(
+  settings: config_lib.Settings,
+  space: search_space.SearchSpace,
+  bins: cost_bins.CostBins,
+) -> Draw:
+  """Draws a part of the cost range, then uniformly an architecture in it.
+
+  After ShiftNAS (Zhang et al., ICCV 2023), parts whose held-out loss still
+  falls are drawn more often; `shifted` has our rule.
+  """
+  count, parts = settings.curriculum.subnets, settings.curriculum.parts
+
+  def draw_one(key, share_P):
+    part_key, draw_key = jax.random.split(key)
+    part = jax.random.choice(part_key, parts, p=share_P)
+    return _within_part(draw_key, space, bins, part, parts)
+
+  def draw(key, context):
+    keys = jax.random.split(key, count)
+    return Drawn(jax.vmap(draw_one, (0, None))(keys, context.shares.share_P))
+
+  return draw
+
+
 CURRICULA: dict[str, Factory] = {
   'uniform': uniform,
   'uniform_cost': uniform_cost,
   'sandwich': sandwich,
   'attentive': attentive,
   'focus': focus,
+  'shift': shift,
 }
 
 
@@ -283,6 +337,61 @@ def _within_uniform_budgets(
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), drawn)
 
   return draw
+
+
+def _within_part(
+  key: jax.Array,
+  space: search_space.SearchSpace,
+  bins: cost_bins.CostBins,
+  part: Int[ArrayLike, ''],
+  parts: int,
+) -> search_space.Architecture:
+  """A uniform draw within one of equal parts of the range's logarithm.
+
+  Where no architecture lies in the part, all below it count.
+  """
+  low, high = bins.range
+  budget = bins.denormalize((part + 1) / parts)
+  lower = bins.lower_bound(budget, (low / high) ** (1 / parts))
+  lower = jnp.where(part == 0, -1, lower)  # The smallest one is in part 0.
+  drawn = conditional.uniform_within(key, space, bins, budget, 1, lower)
+  return jax.tree.map(lambda leaf: leaf[0], drawn)
+
+
+def even_shares(settings: config_lib.Curriculum) -> Shares | None:
+  """Shares at the start of training; None for all curricula but `shift`."""
+  if settings.name != 'shift':
+    return None
+  parts = settings.parts
+  return Shares(jnp.zeros(parts), jnp.full(parts, 1 / parts))
+
+
+def probes(
+  settings: config_lib.Curriculum,
+  space: search_space.SearchSpace,
+  bins: cost_bins.CostBins,
+) -> search_space.Architecture:
+  """For each part of the cost range an architecture whose loss stands for it.
+
+  They are the same at every look, so that losses differ by training alone.
+  """
+  keys = jax.random.split(jax.random.key(0), settings.parts)
+  return jax.vmap(
+    lambda key, part: _within_part(key, space, bins, part, settings.parts)
+  )(keys, jnp.arange(settings.parts))
+
+
+def shifted(shares: Shares, loss_P: Float[np.ndarray, 'P']) -> Shares:
+  """The shares after a look at the held-out losses.
+
+  One half is even, the other in proportion to how much each loss fell since the
+  last look; all is even where none fell, and after the first look.
+  """
+  fall_P = np.maximum(shares.loss_P - loss_P, 0)
+  even_P = np.full_like(fall_P, 1 / len(fall_P))
+  total = fall_P.sum()
+  share_P = (even_P + fall_P / total) / 2 if total > 0 else even_P
+  return Shares(loss_P, share_P)
 
 
 def _select(condition: Bool[ArrayLike, ''], yes: Any, no: Any) -> Any:

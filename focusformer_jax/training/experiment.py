@@ -283,6 +283,7 @@ class Experiment:
       trained=conditional.architecture_weights(self.space),
       gigamacs=jnp.float32(0),
       teacher=teacher,
+      shares=curricula.even_shares(self.settings.curriculum),
     )
 
   @functools.cached_property
@@ -365,17 +366,19 @@ def _as_teacher(net: supernet_lib.Supernet) -> supernet_lib.Supernet:
 IMPLIED_FACTS = {
   f'supernet.{name}': getattr(config_lib.Supernet(), name)
   for name in ('class_token', 'registers', 'norm_eps', 'head', 'norms_by_width')
-}
+} | {'curriculum.parts': 0}
 
 
 def config_facts(settings: config_lib.Settings) -> dict[str, Any]:
   """The facts that follow from the configuration alone."""
   supernet, sampler = settings.supernet, settings.sampler
-  new = {
-    key: found
-    for key, default in IMPLIED_FACTS.items()
-    if (found := getattr(supernet, key.removeprefix('supernet.'))) != default
-  }
+  shifts = settings.curriculum.name == 'shift'
+  found = {
+    key: getattr(supernet, key.removeprefix('supernet.'))
+    for key in IMPLIED_FACTS
+    if key.startswith('supernet.')
+  } | {'curriculum.parts': settings.curriculum.parts if shifts else 0}
+  new = {k: fact for k, fact in found.items() if fact != IMPLIED_FACTS[k]}
   return new | {
     'seed': settings.seed,
     'data.name': settings.data.name,

@@ -11,6 +11,7 @@ from focusformer_jax.models import networks
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.sampler import conditional
 from focusformer_jax.sampler import policy as policy_lib
+from focusformer_jax.training import curricula
 
 Teacher = supernet_lib.Supernet | networks.Network
 
@@ -35,6 +36,8 @@ class TrainState:
       the teacher.
     teacher: The supernet as it came, whose largest subnet teaches, or a network
       of its own, if that is configured. It is never updated.
+    shares: How often the curriculum `shift` draws from each part of the cost
+      range, where it is configured.
   """
 
   step: jax.Array
@@ -47,6 +50,7 @@ class TrainState:
   trained: conditional.LogWeights
   gigamacs: jax.Array
   teacher: Teacher | None = None
+  shares: curricula.Shares | None = None
 
   @property
   def scored(self) -> supernet_lib.Supernet:

@@ -62,7 +62,8 @@ def supernet_step(
     ).loss
 
   drawn = experiment.draw(
-    key(state_lib.Stream.CURRICULUM), state.step, state.policy, score
+    key(state_lib.Stream.CURRICULUM),
+    curricula.Context(state.step, state.policy, score, state.shares),
   )
   archs = drawn.archs
   images, targets_BC = augment.augment(

@@ -10,12 +10,14 @@ from absl import logging
 from clu import parameter_overview
 from etils import epath
 import jax
+import numpy as np
 
 from focusformer_jax import atomic_files
 from focusformer_jax import sharding
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
 from focusformer_jax.models import layers
+from focusformer_jax.spaces import search_space
 from focusformer_jax.training import checkpoint
 from focusformer_jax.training import curricula
 from focusformer_jax.training import evaluate
@@ -164,6 +166,7 @@ def train(
     total, warmup = settings.train.steps, curricula.warmup_steps(settings)
     heldout_batch = experiment.abstract_batch(settings.sampler.batch_size)
     scores = curricula.wants_scores(settings)
+    shifts = settings.train.supernet and state.shares is not None
     if settings.train.supernet:
       source, step_of = 'train', steps.supernet_step
       batch = experiment.abstract_batch(settings.data.batch_size)
@@ -186,6 +189,10 @@ def train(
       if step > warmup and step % settings.sampler.every == 0:
         state, sampled = sampler_step(state, next(streams['heldout']))
         metrics |= sampled
+      if shifts and step % settings.curriculum.look_every == 0:
+        state = shift(experiment, evaluator, state, heldout)
+        shares = enumerate(jax.device_get(state.shares.share_P), 1)
+        metrics |= {f'shift/share_{part}': share for part, share in shares}
       return state, metrics
 
     # One budget stands for all of them while a person watches.
@@ -214,6 +221,35 @@ def train(
         f'budget_{middle}/heldout_accuracy': 'held-out {:.1%}',
       },
     )
+
+
+def shift(
+  experiment: experiment_lib.Experiment,
+  evaluator: evaluate.Evaluator,
+  state: state_lib.TrainState,
+  heldout: datasets.Source,
+) -> state_lib.TrainState:
+  """Gives each part of the cost range its share by how its loss fell.
+
+  For the curriculum `shift`; all held-out images count.
+  """
+  archs = search_space.unstack(
+    curricula.probes(
+      experiment.settings.curriculum, experiment.space, experiment.cost_bins
+    )
+  )
+  scores = evaluator.score(state.scored, archs, heldout, state.teacher)
+  shares, gigamacs = jax.device_get((state.shares, state.gigamacs))
+  loss_P = np.array([score.loss for score in scores], np.float32)
+  macs = sum(experiment.tables['macs'].of(arch) for arch in archs)
+  new = (
+    curricula.shifted(shares, loss_P),
+    np.float32(gigamacs + 1e-9 * macs * len(heldout)),
+  )
+  old = state.shares, state.gigamacs
+  placed = jax.tree.map(lambda leaf: leaf.sharding, old)
+  shares, gigamacs = jax.device_put(new, placed)
+  return state.replace(shares=shares, gigamacs=gigamacs)
 
 
 def describe_run(
