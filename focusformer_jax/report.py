@@ -139,7 +139,7 @@ def curve_plots(curves: metrics.Curves) -> dict[str, figure_lib.Figure]:
   for name, (title, lines) in wanted.items():
     if not lines:
       continue
-    figure = figure_lib.Figure(figsize=(5, 3.4), layout='constrained')
+    figure = figure_lib.Figure(figsize=(5.6, 3.4), layout='constrained')
     axes = figure.subplots()
     colors = matplotlib.colormaps['viridis'](np.linspace(0, 0.9, len(lines)))
     for (label, points), color in zip(lines.items(), colors, strict=True):
@@ -152,7 +152,9 @@ def curve_plots(curves: metrics.Curves) -> dict[str, figure_lib.Figure]:
       axes.set_yscale('log')
       _short_ticks(axes.yaxis)
     if len(lines) > 1:
-      axes.legend(title='budget', fontsize='x-small', ncols=2)
+      figure.legend(
+        title='budget', fontsize='x-small', loc='outside right upper'
+      )
     plots[name] = figure
   return plots
 

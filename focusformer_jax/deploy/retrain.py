@@ -90,9 +90,15 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
       is of another run, or too many updates in a row were not finite.
     loop.Preempted: SIGTERM came; a checkpoint is written.
   """
+  convolutional = settings.retrain.network == cnn.KIND
+  if not convolutional:  # It may be missing; a data set takes long to open.
+    directory = epath.Path(settings.retrain.network or workdir / 'subnet')
+    network, description = vit.load(directory)
+    if not settings.retrain.network:
+      _refuse_stale_network(workdir, directory, description)
   experiment = experiment_lib.create(settings)
   evaluator = evaluate.Evaluator(experiment)
-  if settings.retrain.network == cnn.KIND:
+  if convolutional:
     start = new_cnn(experiment)
     description = start.describe()
     origin = {
@@ -101,10 +107,6 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
       'retrain.cnn_blocks': settings.retrain.cnn_blocks,
     }
   else:
-    directory = epath.Path(settings.retrain.network or workdir / 'subnet')
-    network, description = vit.load(directory)
-    if not settings.retrain.network:
-      _refuse_stale_network(workdir, directory, description)
     start = prepare(experiment, network, description)
     weights = (directory / vit.WEIGHTS).read_bytes()
     digest = hashlib.sha256(weights).hexdigest()[:16]
