@@ -10,7 +10,8 @@ answers; the other curricula propose the results of evolution in their
 supernets. In the short jobs every supernet also proposes the best of 32 uniform
 draws per budget. With `--alone`, the architectures that focus (or the curricula
 of `--alone-of`) answers to some budgets are also trained from new weights, for
-as many updates as the supernet and with a sixth of its multiply-adds. Prints
+as many updates as the supernet (or `--alone-updates`) and with a sixth of its
+multiply-adds. Prints
 tables, and draws a plot beside the JSON.
 
 `--job` is a name or a config file, such as `configs/cifar100.py`; a config's
@@ -194,6 +195,11 @@ def main():
   parser.add_argument(
     '--alone-seeds', type=int, default=1, help='seeds that --alone does so for'
   )
+  parser.add_argument(
+    '--alone-updates',
+    type=int,
+    help='updates of a network alone; as many as the supernet without it',
+  )
   parser.add_argument('--json', type=pathlib.Path, help='write the table here')
   args = parser.parse_args()
   if args.seeds < 2:
@@ -231,7 +237,9 @@ def main():
   result = {'seeds': list(range(args.seeds)), 'curricula': summaries}
   if args.alone:
     seeds = {name: runs[name][: args.alone_seeds] for name in args.alone_of}
-    compared = alone.compare(args.job, args.workdir, seeds, args.alone)
+    compared = alone.compare(
+      args.job, args.workdir, seeds, args.alone, args.alone_updates
+    )
     for name, rows in compared.items():
       key = 'alone' if name == 'focus' else f'alone_{name}'
       result[key] = rows

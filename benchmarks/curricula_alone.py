@@ -52,6 +52,7 @@ def compare(
   workdir: epath.Path,
   runs: dict[str, list[dict[str, Any]]],
   chosen: list[int],
+  updates: int | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
   """Compares answers with the same networks trained alone.
 
@@ -61,11 +62,12 @@ def compare(
     runs: For each variant the runs of some seeds, from 0; what the variant
       itself proposes is compared.
     chosen: Numbers of the budgets, from 1.
+    updates: Updates of a network alone; None for as many as its supernet.
 
   Returns:
     For each variant a row per budget, with means over seeds of the test
-    accuracy with inherited weights (`inherited`), trained alone for as many
-    updates as the supernet (`alone`), and trained alone with a sixth of the
+    accuracy with inherited weights (`inherited`), trained alone for `updates`
+    (`alone`), and trained alone with a sixth of the
     supernet's multiply-adds (`alone_share`). `tau` is Kendall's tau of the
     first two in the supernet of this variant, over the networks of all
     variants and budgets, averaged over seeds; None for fewer than two.
@@ -92,7 +94,7 @@ def compare(
         per_update = FORWARD_AND_BACKWARD * row['macs'] * batch
         share = round(run['gigamacs'] * 1e9 / SHARES / per_update)
         accuracies = {
-          'alone': trained_alone(job, seed, run['steps'], network),
+          'alone': trained_alone(job, seed, updates or run['steps'], network),
           'alone_share': trained_alone(job, seed, share, network),
         }
         rows[variant].append(row | accuracies)

@@ -61,7 +61,7 @@ JOBS = {
     ),
     Job('fashion_mnist_long', fashion_mnist.get_config, PATCHES_OF_7, 4500),
     # 4 TMACs: a quarter of what six networks that fill their budgets take for
-    # 4,500 updates each.
+    # 4,500 updates each, with 128 images in each.
     Job('fashion_mnist_quarter', fashion_mnist.get_config, PATCHES_OF_7, 8200),
     Job('fashion_mnist_longer', fashion_mnist.get_config, PATCHES_OF_7, 13_500),
   )
@@ -97,6 +97,13 @@ TEACHER = {
 TEACHER_SEED = 7
 CNN_TEACHER = {'distillation.loss': 'kl', 'distillation.teacher': CNN}
 
+# A quarter of the images in each update; the sampler learns as often as before.
+BATCHES_OF_32 = {
+  'data.batch_size': 32,
+  'sampler.every': 40,
+  'optimizer.warmup_steps': 800,
+}
+
 # Changes to the job, by name of the row. `share` is the number of steps divided
 # by that of the uniform curriculum, chosen for equal compute.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -111,6 +118,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus': {'share': 1.004},
   'uniform, CNN teacher': {'share': 0.775} | CNN_TEACHER,
   'focus, CNN teacher': {'share': 0.77} | CNN_TEACHER,
+  'uniform, batches of 32': {'share': 4.0} | BATCHES_OF_32,
+  'focus, batches of 32': {'share': 4.016} | BATCHES_OF_32,
   # The default until November 2026:
   'focus, as before': {
     'share': 1.22,
@@ -159,12 +168,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, penalty': {'sampler.constraint': 'penalty', 'sampler.window': 0.0},
   'focus, S=1': {'curriculum.subnets': 1},
   'focus, S=8': {'curriculum.subnets': 8},
-  'focus, half batches': {
-    'share': 2.0,
-    'data.batch_size': 64,
-    'sampler.every': 20,
-    'optimizer.warmup_steps': 400,
-  },
   'focus, slow sampler': {'sampler.learning_rate': 3e-3},
   'focus, linear budgets': {'share': 0.8, 'sampler.budgets': 'linear'},
   'focus, distillation': {'share': 0.28, 'distillation.loss': 'kl'},
