@@ -11,8 +11,7 @@ supernets. In the short jobs every supernet also proposes the best of 32 uniform
 draws per budget. With `--alone`, the architectures that focus (or the curricula
 of `--alone-of`) answers to some budgets are also trained from new weights, for
 as many updates as the supernet (or `--alone-updates`) and with a sixth of its
-multiply-adds. Prints
-tables, and draws a plot beside the JSON.
+multiply-adds. Prints tables, and draws a plot beside the JSON.
 
 `--job` is a name or a config file, such as `configs/cifar100.py`; a config's
 `train.steps` are those of the uniform curriculum. The numbers of steps are
