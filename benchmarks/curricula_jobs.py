@@ -112,7 +112,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   # Exponents of arXiv 2503.10740.
   'uniform, complexity-aware': {'curriculum.decay': (4.0, 0.25)},
   'sandwich': {'share': 0.27, 'distillation.loss': 'kl'},
-  'sandwich, no distillation': {'share': 0.8},
+  'sandwich, no distillation': {'share': 0.78},
   'attentive': {'share': 0.43},
   'shift': {'share': 0.95},
   'focus': {'share': 1.004},
@@ -122,9 +122,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, batches of 32': {'share': 4.016} | BATCHES_OF_32,
   # The default until November 2026:
   'focus, as before': {
-    'share': 1.22,
+    'share': 1.18,
     'sampler.window': 0.0,
     'curriculum.strata': False,
+  },
+  'focus, as before, largest 0.1': {
+    'share': 1.15,
+    'sampler.window': 0.0,
+    'curriculum.strata': False,
+    'curriculum.largest': 0.1,
   },
   # Others:
   'focus, steered': {
