@@ -114,7 +114,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'sandwich': {'share': 0.27, 'distillation.loss': 'kl'},
   'sandwich, no distillation': {'share': 0.78},
   'attentive': {'share': 0.43},
-  'shift': {'share': 0.95},
+  'shift': {'share': 0.865},
   'focus': {'share': 1.004},
   'uniform, CNN teacher': {'share': 0.775} | CNN_TEACHER,
   'focus, CNN teacher': {'share': 0.77} | CNN_TEACHER,
