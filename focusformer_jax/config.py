@@ -429,7 +429,8 @@ class Curriculum(schema.Section):
   largest: float = key(
     0.0,
     '`focus`: probability that an update trains the largest subnet in place '
-    'of its last one, in the warm-up too.',
+    'of its last one, in the warm-up too. It is 0 where the largest subnet '
+    'teaches, and so trains in every update.',
     at_least=0,
     at_most=1,
   )

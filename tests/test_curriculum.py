@@ -228,6 +228,15 @@ def test_largest_takes_the_place_of_the_last_subnet(bins):
   assert_distributed(found[:, -1], 0.4 * (COSTS == COSTS.max()) + 0.6 * uniform)
 
 
+def test_largest_takes_no_place_where_it_teaches(bins):
+  found = draw(
+    bins,
+    parse('focus', 'kl', largest=1.0),
+    policy=lambda budget: conditional.choice_weights(TINY),
+  )
+  assert_distributed(found, uniform_over_choices())
+
+
 def test_tilt_draws_large_budgets_more_often(bins):
   weights = conditional.architecture_weights(TINY)
   found = draw(

@@ -215,7 +215,8 @@ def focus(
   the space has an architecture in between. With `strata`, the budgets come from
   S equal parts of their range. With `tilt`, large budgets become more frequent
   until the last step. None of the three changes the warm-up. With probability
-  `largest`, the last of the S subnets is the largest one, in the warm-up too.
+  `largest`, the last of the S subnets is the largest one, in the warm-up too,
+  unless that trains in every step as the teacher.
   """
   options, window = settings.curriculum, settings.sampler.window
   count, warmup = options.subnets, warmup_steps(settings)
@@ -249,7 +250,7 @@ def focus(
     keys = jax.random.split(key, count)
     draw_all = jax.vmap(draw_one, (0, 0, None, None))
     drawn = draw_all(keys, jnp.arange(count), context.step, context.policy)
-    if options.largest:
+    if options.largest and not settings.distillation.trains_largest:
       pinned = jax.random.bernoulli(
         jax.random.fold_in(key, count), options.largest
       )
