@@ -67,10 +67,10 @@ def compare(
   Returns:
     For each variant a row per budget, with means over seeds of the test
     accuracy with inherited weights (`inherited`), trained alone for `updates`
-    (`alone`), and trained alone with a sixth of the
-    supernet's multiply-adds (`alone_share`). `tau` is Kendall's tau of the
-    first two in the supernet of this variant, over the networks of all
-    variants and budgets, averaged over seeds; None for fewer than two.
+    (`alone`), and trained alone with a sixth of the supernet's multiply-adds
+    (`alone_share`). `tau` is Kendall's tau of the first two in the supernet of
+    this variant, over the networks of all variants and budgets, averaged over
+    seeds; None for fewer than two.
   """
   rows = {variant: [] for variant in runs}
   taus = {variant: [] for variant in runs}

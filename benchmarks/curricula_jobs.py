@@ -120,7 +120,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, CNN teacher': {'share': 0.77} | CNN_TEACHER,
   'uniform, batches of 32': {'share': 4.0} | BATCHES_OF_32,
   'focus, batches of 32': {'share': 4.016} | BATCHES_OF_32,
-  # The default until November 2026:
+  # The default until 24 November 2026, and a variant:
   'focus, as before': {
     'share': 1.18,
     'sampler.window': 0.0,

@@ -92,7 +92,7 @@ def plot(summaries: dict[str, Summary], path: pathlib.Path, job: str):
   axes.set_ylabel('test accuracy, %')
   axes.set_title(f'{job}: test accuracy of each curriculum')
   axes.grid(alpha=0.3)
-  figure.legend(loc='outside lower center', ncols=3)
+  figure.legend(loc='outside lower center', ncols=3, fontsize='small')
   figure.savefig(path, dpi=150)
   plt.close(figure)
 

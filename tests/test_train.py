@@ -26,8 +26,6 @@ from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.models import cnn
 from focusformer_jax.models import networks
 from focusformer_jax.models import vit
-from focusformer_jax.spaces import search_space
-from focusformer_jax.training import curricula
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import loop
@@ -234,11 +232,7 @@ def test_shift_scores_a_probe_of_each_part(tfds_dir):
   )
   evaluator = evaluate.Evaluator(experiment)
   heldout, state = experiment.dataset.split('heldout'), experiment.init_state()
-  archs = search_space.unstack(
-    curricula.probes(
-      experiment.settings.curriculum, experiment.space, experiment.cost_bins
-    )
-  )
+  archs = experiment.probes
   shifted = train.shift(experiment, evaluator, state, heldout)
   scores = evaluator.score(state.supernet, archs, heldout)
   np.testing.assert_allclose(

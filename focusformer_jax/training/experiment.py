@@ -192,6 +192,14 @@ class Experiment:
   def draw(self) -> curricula.Draw:
     return curricula.make(self.settings, self.space, self.cost_bins)
 
+  @functools.cached_property
+  def probes(self) -> list[search_space.Architecture]:
+    """Architectures that the curriculum `shift` looks at."""
+    stacked = curricula.probes(
+      self.settings.curriculum, self.space, self.cost_bins
+    )
+    return search_space.unstack(stacked)
+
   @property
   def keeps_teacher(self) -> bool:
     """Whether the state holds the initial network, to teach or to compare."""

@@ -17,7 +17,6 @@ from focusformer_jax import sharding
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
 from focusformer_jax.models import layers
-from focusformer_jax.spaces import search_space
 from focusformer_jax.training import checkpoint
 from focusformer_jax.training import curricula
 from focusformer_jax.training import evaluate
@@ -233,11 +232,7 @@ def shift(
 
   For the curriculum `shift`; all held-out images count.
   """
-  archs = search_space.unstack(
-    curricula.probes(
-      experiment.settings.curriculum, experiment.space, experiment.cost_bins
-    )
-  )
+  archs = experiment.probes
   scores = evaluator.score(state.scored, archs, heldout, state.teacher)
   shares, gigamacs = jax.device_get((state.shares, state.gigamacs))
   loss_P = np.array([score.loss for score in scores], np.float32)
