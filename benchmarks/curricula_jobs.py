@@ -43,6 +43,7 @@ class Job:
     steps: Steps of the uniform curriculum; None for those of the config.
     long: Whether sampler and evolution are all that is asked for answers, and
       the sampler's candidates are evaluated on held-out images.
+    shares: Shares of steps, by name of the row, that differ from `VARIANTS`.
   """
 
   name: str
@@ -50,6 +51,7 @@ class Job:
   changes: dict[str, Any] = dataclasses.field(default_factory=dict)
   steps: int | None = None
   long: bool = True
+  shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 JOBS = {
@@ -104,36 +106,32 @@ BATCHES_OF_32 = {
   'optimizer.warmup_steps': 800,
 }
 
+# The default of focus from 24 to 28 November 2026.
+WINDOWS_AND_STRATA = {'sampler.window': 0.8, 'curriculum.strata': True}
+
 # Changes to the job, by name of the row. `share` is the number of steps divided
 # by that of the uniform curriculum, chosen for equal compute.
 VARIANTS: dict[str, dict[str, Any]] = {
   'uniform': {},
-  'uniform_cost': {'share': 1.0},
+  'uniform_cost': {'curriculum.strata': True},
   # Exponents of arXiv 2503.10740.
   'uniform, complexity-aware': {'curriculum.decay': (4.0, 0.25)},
   'sandwich': {'share': 0.27, 'distillation.loss': 'kl'},
   'sandwich, no distillation': {'share': 0.78},
-  'attentive': {'share': 0.43},
+  'attentive': {'share': 0.43, 'curriculum.strata': True},
   'shift': {'share': 0.865},
-  'focus': {'share': 1.004},
+  'focus': {'share': 1.2},
   'uniform, CNN teacher': {'share': 0.775} | CNN_TEACHER,
-  'focus, CNN teacher': {'share': 0.77} | CNN_TEACHER,
+  'focus, CNN teacher': {'share': 0.9} | CNN_TEACHER,
   'uniform, batches of 32': {'share': 4.0} | BATCHES_OF_32,
-  'focus, batches of 32': {'share': 4.016} | BATCHES_OF_32,
-  # The default until 24 November 2026, and a variant:
-  'focus, as before': {
-    'share': 1.18,
-    'sampler.window': 0.0,
-    'curriculum.strata': False,
-  },
-  'focus, as before, largest 0.1': {
-    'share': 1.15,
-    'sampler.window': 0.0,
-    'curriculum.strata': False,
-    'curriculum.largest': 0.1,
-  },
-  # Others:
+  'focus, batches of 32': {'share': 4.9} | BATCHES_OF_32,
+  # Larger answers:
+  'focus, windows and strata': {'share': 1.004} | WINDOWS_AND_STRATA,
+  'focus, windows and strata, batches of 32': (
+    {'share': 4.016} | WINDOWS_AND_STRATA | BATCHES_OF_32
+  ),
   'focus, steered': {
+    **WINDOWS_AND_STRATA,
     'share': 0.9725,
     'sampler.target_entropy': 0.6,
     'sampler.final_target_entropy': 0.25,
@@ -141,6 +139,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'curriculum.largest': 0.1,
   },
   'focus, concentrated': {
+    **WINDOWS_AND_STRATA,
     'share': 0.955,
     'curriculum.warmup': 0.2,
     'curriculum.final_epsilon': 0.0,
@@ -152,9 +151,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'sampler.shrink': True,
   },
   # Ablations of focus:
-  'focus, no window': {'share': 1.1, 'sampler.window': 0.0},
-  'focus, no strata': {'curriculum.strata': False},
-  'focus, largest 0.1': {'share': 0.98, 'curriculum.largest': 0.1},
+  'focus, windows': {'sampler.window': 0.8},
+  'focus, strata': {'share': 1.15, 'curriculum.strata': True},
+  'focus, largest 0.1': {'share': 1.19, 'curriculum.largest': 0.1},
   'focus, decay': {'curriculum.decay': (1.5, 0.5)},
   'focus, target entropy': {
     'sampler.target_entropy': 0.6,
@@ -171,7 +170,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'sampler.budgets_per_update': 4,
     'sampler.every': 32,
   },
-  'focus, penalty': {'sampler.constraint': 'penalty', 'sampler.window': 0.0},
+  'focus, penalty': {'sampler.constraint': 'penalty'},
   'focus, S=1': {'curriculum.subnets': 1},
   'focus, S=8': {'curriculum.subnets': 8},
   'focus, slow sampler': {'sampler.learning_rate': 3e-3},
@@ -200,7 +199,10 @@ def settings_of(
   """Settings of one run; `more` overrides keys."""
   config = job.get_config()
   changes = job.changes | VARIANTS[variant]
-  steps = round(changes.pop('share', 1.0) * (job.steps or config.train.steps))
+  share = changes.pop('share', 1.0)
+  steps = round(
+    job.shares.get(variant, share) * (job.steps or config.train.steps)
+  )
   method = method_of(variant)
   changes |= {
     'seed': seed,

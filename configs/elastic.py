@@ -56,6 +56,7 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
   # Rewards compare networks of about equal cost: without it, the sampler was
   # slow to learn what large budgets are good for (docs/results/).
   c.sampler.window = 0.8
+  c.curriculum.strata = True
   c.search.random = 100
 
   if variant == 'smoke':

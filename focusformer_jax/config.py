@@ -414,7 +414,7 @@ class Curriculum(schema.Section):
     at_least=1,
   )
   strata: bool = key(
-    True,
+    False,
     '`focus`, `uniform_cost` and `attentive`: draw the budgets of the subnets '
     'of an update from as many equal parts of their range, one from each.',
   )
@@ -522,7 +522,7 @@ class Sampler(schema.Section):
   )
   budgets_per_update: int = key(1, 'Budgets per sampler update.', at_least=1)
   window: float = key(
-    0.8,
+    0.0,
     'Lower bound of costs, as a share of the budget, for `focus` after its '
     'warm-up and for comparisons; dropped where no subnet is in between. 0: '
     'no lower bound.',
