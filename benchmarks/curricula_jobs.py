@@ -43,7 +43,6 @@ class Job:
     steps: Steps of the uniform curriculum; None for those of the config.
     long: Whether sampler and evolution are all that is asked for answers, and
       the sampler's candidates are evaluated on held-out images.
-    shares: Shares of steps, by name of the row, that differ from `VARIANTS`.
   """
 
   name: str
@@ -51,7 +50,6 @@ class Job:
   changes: dict[str, Any] = dataclasses.field(default_factory=dict)
   steps: int | None = None
   long: bool = True
-  shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 JOBS = {
@@ -124,7 +122,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'uniform, CNN teacher': {'share': 0.775} | CNN_TEACHER,
   'focus, CNN teacher': {'share': 0.9} | CNN_TEACHER,
   'uniform, batches of 32': {'share': 4.0} | BATCHES_OF_32,
-  'focus, batches of 32': {'share': 4.9} | BATCHES_OF_32,
+  'focus, batches of 32': {'share': 4.8} | BATCHES_OF_32,
   # Larger answers:
   'focus, windows and strata': {'share': 1.004} | WINDOWS_AND_STRATA,
   'focus, windows and strata, batches of 32': (
@@ -199,10 +197,7 @@ def settings_of(
   """Settings of one run; `more` overrides keys."""
   config = job.get_config()
   changes = job.changes | VARIANTS[variant]
-  share = changes.pop('share', 1.0)
-  steps = round(
-    job.shares.get(variant, share) * (job.steps or config.train.steps)
-  )
+  steps = round(changes.pop('share', 1.0) * (job.steps or config.train.steps))
   method = method_of(variant)
   changes |= {
     'seed': seed,
