@@ -26,7 +26,9 @@ CURRICULA = (
 PATCHES_OF_7 = {
   'supernet.patch_size': 7,
   'data.heldout': 0.02,
+  'data.batch_size': 128,
   'data.eval_batch_size': 400,
+  'optimizer.warmup_steps': 200,
   'sampler.every': 10,
   'sampler.batch_size': 32,
 }
