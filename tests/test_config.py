@@ -233,7 +233,7 @@ def test_help_shows_every_key_and_changes_of_a_config():
   shown = {line.split()[0] for line in lines if ' = ' in line}
   assert shown == set(keys_of(config.to_dict()))
   assert '  data.image_size = 28  (default: 8)' in lines
-  assert '  data.batch_size = 128' in lines
+  assert '  data.repeats = 1' in lines
   assert '      Height and width of a patch, in pixels.' in text
 
 
