@@ -66,6 +66,8 @@ JOBS = {
     # 4,500 updates each, with 128 images in each.
     Job('fashion_mnist_quarter', fashion_mnist.get_config, PATCHES_OF_7, 8200),
     Job('fashion_mnist_longer', fashion_mnist.get_config, PATCHES_OF_7, 13_500),
+    # 16 TMACs.
+    Job('fashion_mnist_longest', fashion_mnist.get_config, PATCHES_OF_7, 32_800),
   )
 }
 
