@@ -67,7 +67,9 @@ JOBS = {
     Job('fashion_mnist_quarter', fashion_mnist.get_config, PATCHES_OF_7, 8200),
     Job('fashion_mnist_longer', fashion_mnist.get_config, PATCHES_OF_7, 13_500),
     # 16 TMACs.
-    Job('fashion_mnist_longest', fashion_mnist.get_config, PATCHES_OF_7, 32_800),
+    Job(
+      'fashion_mnist_longest', fashion_mnist.get_config, PATCHES_OF_7, 32_800
+    ),
   )
 }
 
