@@ -33,6 +33,10 @@ PATCHES_OF_7 = {
   'sampler.batch_size': 32,
 }
 
+# The default of focus from 24 to 28 November 2026, and that before and after.
+WINDOWS_AND_STRATA = {'sampler.window': 0.8, 'curriculum.strata': True}
+NO_WINDOWS_OR_STRATA = {'sampler.window': 0.0, 'curriculum.strata': False}
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -57,7 +61,7 @@ class Job:
 JOBS = {
   job.name: job
   for job in (
-    Job('digits', digits.get_config, {}, 1200, long=False),
+    Job('digits', digits.get_config, NO_WINDOWS_OR_STRATA, 1200, long=False),
     Job(
       'fashion_mnist', fashion_mnist.get_config, PATCHES_OF_7, 1500, long=False
     ),
@@ -109,9 +113,6 @@ BATCHES_OF_32 = {
   'sampler.every': 40,
   'optimizer.warmup_steps': 800,
 }
-
-# The default of focus from 24 to 28 November 2026.
-WINDOWS_AND_STRATA = {'sampler.window': 0.8, 'curriculum.strata': True}
 
 # Changes to the job, by name of the row. `share` is the number of steps divided
 # by that of the uniform curriculum, chosen for equal compute.
@@ -174,7 +175,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'sampler.budgets_per_update': 4,
     'sampler.every': 32,
   },
-  'focus, penalty': {'sampler.constraint': 'penalty'},
+  'focus, penalty': {'sampler.constraint': 'penalty', 'sampler.window': 0.0},
   'focus, S=1': {'curriculum.subnets': 1},
   'focus, S=8': {'curriculum.subnets': 8},
   'focus, slow sampler': {'sampler.learning_rate': 3e-3},
