@@ -28,8 +28,12 @@ def load(name: str, *variant: str) -> ml_collections.ConfigDict:
   return importlib.import_module(f'configs.{name}').get_config(*variant)
 
 
-def test_defaults_are_the_digits_job():
-  assert config_lib.parse(load('digits')) == config_lib.Settings()
+def test_defaults_are_the_digits_job_but_for_windows_and_strata():
+  config = load('digits')
+  assert config.sampler.window and config.curriculum.strata
+  with config.unlocked():
+    config.sampler.window, config.curriculum.strata = 0.0, False
+  assert config_lib.parse(config) == config_lib.Settings()
 
 
 def test_sections_work_without_arguments():
