@@ -30,7 +30,8 @@ def load(name: str, *variant: str) -> ml_collections.ConfigDict:
 
 def test_defaults_are_the_digits_job_but_for_windows_and_strata():
   config = load('digits')
-  assert config.sampler.window and config.curriculum.strata
+  assert config.sampler.window
+  assert config.curriculum.strata
   with config.unlocked():
     config.sampler.window, config.curriculum.strata = 0.0, False
   assert config_lib.parse(config) == config_lib.Settings()
