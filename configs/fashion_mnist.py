@@ -7,7 +7,7 @@ TFDS downloads the data set. Without a network,
 `benchmarks/stage_fashion_mnist.py` makes the same data set from Debian's
 package. On two CPU cores, 26 epochs take about 35 minutes and the search a few
 more; one JAX device per core makes steps 1.4 times as fast. Our run reached
-88.3% at the largest budget (docs/results/).
+88.6% at the largest budget (docs/results/).
 
 `fashion_mnist.py:smoke` is the same job in a few steps, for tests.
 """
