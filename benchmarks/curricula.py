@@ -86,12 +86,12 @@ def hypervolume(macs, accuracies, low: int, high: int) -> float:
   return float(hv.HV(ref_point=np.ones(2))(points))
 
 
-def mean_and_error(values: list[float]) -> dict[str, float]:
-  """Mean and its standard error; needs at least two values."""
-  return {
-    'mean': float(np.mean(values)),
-    'standard_error': float(np.std(values, ddof=1) / np.sqrt(len(values))),
-  }
+def mean_and_error(values: list[float]) -> dict[str, float | None]:
+  """Mean and its standard error, which is None for a single value."""
+  error = None
+  if len(values) > 1:
+    error = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+  return {'mean': float(np.mean(values)), 'standard_error': error}
 
 
 def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
@@ -201,8 +201,8 @@ def main():
   )
   parser.add_argument('--json', type=pathlib.Path, help='write the table here')
   args = parser.parse_args()
-  if args.seeds < 2:
-    parser.error(f'--seeds: wanted at least 2, found {args.seeds}')
+  if args.seeds < 1:
+    parser.error(f'--seeds: wanted at least 1, found {args.seeds}')
   if args.alone and (missing := set(args.alone_of) - set(args.only)):
     parser.error(
       f'--alone-of: wanted curricula of --only, found {", ".join(missing)}'
@@ -230,7 +230,7 @@ def main():
       summaries[name + tables.RANDOM] = summary(found, 'random')
   print(tables.table(summaries))
   print(*tables.unequal(summaries), sep='\n')
-  if 'focus' in summaries:
+  if 'focus' in summaries and len(summaries) > 1:
     print('\nLead in points of test accuracy (in standard errors):\n')
     print(tables.leads(summaries, 'focus'))
   result = {'seeds': list(range(args.seeds)), 'curricula': summaries}

@@ -16,13 +16,26 @@ ENDS = ('smallest', 'largest')
 RANDOM = ', random draws'
 
 Summary = dict[str, Any]
+# `mean` and `standard_error`; the latter is None for a single seed.
+Mean = dict[str, float | None]
 
 
-def lead(ours: dict[str, float], other: dict[str, float], scale: float) -> str:
+def lead(ours: Mean, other: Mean, scale: float) -> str:
   """Difference of two means and, in brackets, in standard errors."""
   difference = ours['mean'] - other['mean']
+  text = f'{scale * difference:+.4g}'
+  if ours['standard_error'] is None:
+    return text
   error = np.hypot(ours['standard_error'], other['standard_error'])
-  return f'{scale * difference:+.4g} ({difference / max(error, 1e-9):+.1f})'
+  return f'{text} ({difference / max(error, 1e-9):+.1f})'
+
+
+def with_error(value: Mean, scale: float, digits: int) -> str:
+  """A mean ± its standard error, or the only value."""
+  text = f'{scale * value["mean"]:.{digits}f}'
+  if value['standard_error'] is None:
+    return text
+  return f'{text} ± {scale * value["standard_error"]:.{digits}f}'
 
 
 def leads(summaries: dict[str, Summary], name: str) -> str:
@@ -51,17 +64,13 @@ def table(summaries: dict[str, Summary]) -> str:
   heading += [*ENDS, 'hypervolume', 'evaluations', 'seconds', 'TMACs']
   lines = [heading, ['---'] * len(heading)]
   for name, found in summaries.items():
-    volume = found['hypervolume']
     accuracies = [*found['test_accuracy'], *(found[end] for end in ENDS)]
     lines.append(
       [
         name,
         found['method'],
-        *(
-          f'{100 * a["mean"]:.1f} ± {100 * a["standard_error"]:.1f}'
-          for a in accuracies
-        ),
-        f'{volume["mean"]:.4f} ± {volume["standard_error"]:.4f}',
+        *(with_error(accuracy, 100, 1) for accuracy in accuracies),
+        with_error(found['hypervolume'], 1, 4),
         f'{found["evaluations"]:,}',
         f'{found["seconds"]:.3g}',
         f'{found["gigamacs"] / 1e3:.2f}',
@@ -79,7 +88,7 @@ def plot(summaries: dict[str, Summary], path: pathlib.Path, job: str):
     axes.errorbar(
       found['budgets'],
       [100 * a['mean'] for a in found['test_accuracy']],
-      [100 * a['standard_error'] for a in found['test_accuracy']],
+      [100 * (a['standard_error'] or 0) for a in found['test_accuracy']],
       marker='o',
       capsize=3,
       label=name,
