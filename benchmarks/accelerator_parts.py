@@ -526,7 +526,7 @@ def run_digits(scale: Scale) -> Result:
   evaluate = jax.jit(functools.partial(steps.eval_step, experiment))
   for budget in experiment.search_budgets:
     arch = propose(state.policy, experiment.cost_bins.bound(budget)).arch
-    scores = evaluate(state.scored, search_space.stack([arch]), batch)
+    scores = evaluate(state.evaluated, search_space.stack([arch]), batch)
     answers.append(
       {
         'budget': budget,

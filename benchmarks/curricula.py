@@ -2,7 +2,7 @@
 
   JAX_NUM_CPU_DEVICES=1 python benchmarks/curricula.py \
       --job fashion_mnist_long --alone 1 3 --workdir /tmp/curricula \
-      --json docs/results/curricula_fashion_mnist_long.json
+      --json curricula.json
 
 Trains a supernet with every curriculum and seed, gets networks for six budgets
 from each, and evaluates them on test images. Focus proposes the sampler's

@@ -107,7 +107,7 @@ def rivals(
     archs = [experiment.space.from_json(values) for values in group[:SCORED]]
     if archs:
       scores = evaluator.score(
-        state.scored, archs, experiment.dataset.split('heldout')
+        state.evaluated, archs, experiment.dataset.split('heldout')
       )
       best.append(min(zip(scores, archs, strict=True), key=lambda p: p[0].loss))
   best.sort(key=lambda pair: pair[0].loss)
@@ -130,7 +130,7 @@ def inherited(
     experiment, state = restore(job, curriculum, rows[0]['supernet'], runs)
     archs = [experiment.space.from_json(row['architecture']) for row in rows]
     scores = evaluate.Evaluator(experiment).score(
-      state.scored, archs, experiment.dataset.split('test')
+      state.evaluated, archs, experiment.dataset.split('test')
     )
     for row, score in zip(rows, scores, strict=True):
       row[f'inherited_{curriculum}'] = score.accuracy

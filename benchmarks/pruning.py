@@ -209,7 +209,7 @@ def answers(
   found = run.answers([share * table.maximum for share in SHARES])
   evaluator = evaluate.Evaluator(run.experiment)
   scores = evaluator.score(
-    run.state.scored,
+    run.state.evaluated,
     [answer.architecture for answer in found],
     run.dataset.split('test'),
   )

@@ -13,8 +13,9 @@ from focusformer_jax import config as config_lib
 
 
 def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
-  c = config_lib.default()  # This job, but for windows and strata.
-  # In so few steps, on so few images, large subnets are better for them
+  c = config_lib.default()
+  # The defaults are this job, but for windows and strata. With so few steps and
+  # images, these two made large subnets better
   # (docs/results/does-focusing-pay.md).
   c.sampler.window = 0.8
   c.curriculum.strata = True

@@ -15,7 +15,7 @@ We have never run it at full length, so we state neither accuracy nor run time.
 For comparison, AutoFormer's paper reports 74.7%, 81.7% and 82.4% for the three
 spaces, and ShiftNAS (ICCV 2023) quotes 75.1%, 81.6% and 81.9% for
 FocusFormer-Ti, -S and -B. By the TPU compiler's estimates, a lower bound, 500
-epochs of `tiny` on a v5e-8 would take 11.7 hours (docs/cloud_tpu.md).
+epochs of `tiny` on a v5e-8 would take 10.9 hours (docs/cloud_tpu.md).
 """
 
 import ml_collections

@@ -1,6 +1,7 @@
 """Every key of the configuration: its type, default, meaning and range.
 
-The defaults are a small job on scikit-learn's digits (`configs/digits.py`).
+The defaults are a small job on scikit-learn's digits; `configs/digits.py` also
+sets `sampler.window` and `curriculum.strata`.
 A config file takes `default()`, a `ConfigDict`, and changes what differs;
 `parse` turns it into `Settings` and names the key that is unknown, of a wrong
 type or out of range.
@@ -492,9 +493,9 @@ class Sampler(schema.Section):
   )
   shrink: bool = key(
     False,
-    'Multiply advantages by the share of that standard deviation which is not '
-    'explained by the choice of held-out images; for the rewards `loss` and '
-    '`accuracy`.',
+    'Multiply advantages by the share of the variance of the compared losses '
+    'or accuracies that is not noise from the choice of held-out images; for '
+    'the rewards `loss` and `accuracy`.',
   )
   constraint: str = key(
     'exact',
@@ -523,9 +524,10 @@ class Sampler(schema.Section):
   budgets_per_update: int = key(1, 'Budgets per sampler update.', at_least=1)
   window: float = key(
     0.0,
-    'Lower bound of costs, as a share of the budget, for `focus` after its '
-    'warm-up and for comparisons; dropped where no subnet is in between. 0: '
-    'no lower bound.',
+    'Lower bound of costs, as a share of the budget: for the draws of `focus` '
+    'after its warm-up, for the comparisons of the sampler, and for its '
+    'proposals and draws in a search. Dropped where no subnet is in between. '
+    '0: no lower bound.',
     at_least=0,
     at_most=0.99,
   )
@@ -567,6 +569,13 @@ class Sampler(schema.Section):
       raise ValueError(
         f'shrink: wanted False with reward={self.reward}, which is no mean '
         'over images, found True'
+      )
+    if self.shrink and self.batch_size < 2:
+      raise ValueError('batch_size: wanted at least 2 with shrink, found 1')
+    if self.final_target_entropy and not self.target_entropy:
+      raise ValueError(
+        'target_entropy: wanted more than 0 with final_target_entropy='
+        f'{self.final_target_entropy}, found 0'
       )
     if self.window and self.constraint == 'penalty':
       raise ValueError(

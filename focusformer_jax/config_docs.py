@@ -44,7 +44,8 @@ def markdown() -> str:
     '`python -m focusformer_jax.config_docs > docs/configuration.md`.',
     '',
     'Set a key in a config file or with `--config.KEY=VALUE`. The defaults are',
-    'the job of `configs/digits.py`; to see the values of another config, run',
+    'those of `configs/digits.py`, which also sets `sampler.window` to 0.8 and',
+    '`curriculum.strata` to True. To see the values of another config, run',
     '`python main.py --config=FILE --help-config`.',
   ]
   for path, section in _sections(config_lib.Settings()):

@@ -287,7 +287,7 @@ class Run:
   @functools.cached_property
   def _weights(self):
     # NumPy slices without compiling.
-    return sharding.on_host(self.experiment.mesh, self.state.scored)
+    return sharding.on_host(self.experiment.mesh, self.state.evaluated)
 
   def _bound(self, budget: float) -> np.int32:
     """The budget in units of the cost table."""

@@ -245,7 +245,7 @@ def _weights(
 
   All processes have to ask for it.
   """
-  return sharding.on_host(experiment.mesh, state.scored)
+  return sharding.on_host(experiment.mesh, state.evaluated)
 
 
 def _export(

@@ -37,6 +37,17 @@ def test_defaults_are_the_digits_job_but_for_windows_and_strata():
   assert config_lib.parse(config) == config_lib.Settings()
 
 
+def test_imagenet_is_tested_on_images_with_labels():
+  """TFDS gives those of its split `test` none."""
+  found = [
+    load(name, variant).data
+    for name, variants in VARIANTS.items()
+    for variant in variants
+  ]
+  splits = [data.test for data in found if data.name == 'imagenet2012']
+  assert splits == ['validation'] * 6
+
+
 def test_sections_work_without_arguments():
   settings = config_lib.Settings()
   assert settings.sampler == config_lib.Sampler()
@@ -170,6 +181,15 @@ def test_messages_name_key_domain_and_value(tfds_dir, key, value, wanted):
       {'sampler__shrink': True, 'sampler__reward': 'pareto'},
       'sampler.shrink: wanted False with reward=pareto, which is no mean over '
       'images, found True',
+    ),
+    (
+      {'sampler__shrink': True, 'sampler__batch_size': 1},
+      'sampler.batch_size: wanted at least 2 with shrink, found 1',
+    ),
+    (
+      {'sampler__final_target_entropy': 0.5},
+      'sampler.target_entropy: wanted more than 0 with final_target_entropy=0.5'
+      ', found 0',
     ),
     (
       {'sampler__constraint': 'penalty', 'sampler__window': 0.8},

@@ -88,7 +88,7 @@ def test_large_macs_do_not_forbid_another_cost():
   with pytest.raises(
     ValueError, match=r'cost: wanted one of at most 2,147,483,647 u'
   ):
-    cost_bins.CostBins(macs)
-  cost_bins.CostBins(cost.params(search_space.BASE, geometry))
+    cost_bins.CostBins(macs, 512)
+  cost_bins.CostBins(cost.params(search_space.BASE, geometry), 512)
   largest = search_space.BASE.largest()
   assert macs.approximately(largest) == pytest.approx(macs.maximum, rel=1e-6)

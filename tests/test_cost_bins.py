@@ -154,6 +154,14 @@ def test_budget_positions_round_trip(bins):
   assert middle == pytest.approx((low + high) / 2, abs=1)
 
 
+@pytest.mark.parametrize('scale', ['log', 'linear'])
+@pytest.mark.parametrize('name', search_space.NAMED)
+def test_positions_0_and_1_are_the_ends_of_the_range(name, scale):
+  bins = make(name, 'MACs')
+  found = [int(bins.denormalize(position, scale)) for position in (0, 1)]
+  assert found == list(bins.range)
+
+
 def test_architectures_are_counted_by_bins(bins):
   assert bins.num_architectures.sum() == TINY.num_architectures
   for budget in sorted(set(COSTS.tolist())):
@@ -164,7 +172,7 @@ def test_architectures_are_counted_by_bins(bins):
 @pytest.mark.parametrize('share', [0.0, 0.8])
 def test_log_count_is_that_of_the_enumeration(bins, share):
   for budget in np.linspace(*bins.range, 5).astype(int):
-    lower = bins.lower_bound(budget, share) if share else None
+    lower = bins.lower_bound(budget, share) if share else -1
     inside = COSTS <= budget
     if share:
       inside &= int(lower) < COSTS

@@ -1,5 +1,7 @@
 """Draws of each curriculum against the distribution that it states."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,13 +143,13 @@ def test_a_probe_stands_for_each_part(bins):
 
 def test_shares_shift_to_where_the_loss_fell():
   start = curricula.even_shares(parse('shift', parts=4).curriculum)
-  first = curricula.shifted(start, np.float32([2, 2, 2, 2]))
+  first = curricula.next_shares(start, np.float32([2, 2, 2, 2]))
   np.testing.assert_allclose(first.share_P, 0.25)
-  second = curricula.shifted(first, np.float32([2.5, 2, 1.9, 1.7]))
+  second = curricula.next_shares(first, np.float32([2.5, 2, 1.9, 1.7]))
   np.testing.assert_allclose(
     second.share_P, [0.125, 0.125, 0.25, 0.5], rtol=1e-5
   )
-  third = curricula.shifted(second, np.float32([3, 3, 3, 3]))
+  third = curricula.next_shares(second, np.float32([3, 3, 3, 3]))
   np.testing.assert_allclose(third.share_P, 0.25)
 
 
@@ -273,6 +275,17 @@ def test_after_warmup_moves_in_a_straight_line():
   schedule = curricula.after_warmup(settings, 0.4, 0.1)
   found = [float(schedule(total * share)) for share in (0, 0.5, 0.75, 1)]
   np.testing.assert_allclose(found, [0.4, 0.4, 0.25, 0.1], atol=1e-6)
+
+
+def test_sampler_of_a_frozen_supernet_has_no_warmup():
+  settings = parse('focus', warmup=0.5)
+  frozen = dataclasses.replace(
+    settings.train, supernet=False, initial='vit.safetensors'
+  )
+  settings = dataclasses.replace(settings, train=frozen)
+  schedule = curricula.after_warmup(settings, 0.4, 0.1)
+  found = [float(schedule(settings.train.steps * share)) for share in (0, 0.5)]
+  np.testing.assert_allclose(found, [0.4, 0.25], atol=1e-6)
 
 
 @pytest.mark.parametrize('variant', curricula_jobs.VARIANTS)

@@ -123,6 +123,12 @@ def test_results_of_another_cost_are_computed_again(workdir, tfds_dir, capsys):
   assert report.table(results(workdir)) in printed
 
 
+def test_results_of_another_window_are_refused(workdir, tfds_dir):
+  found = smoke_settings(tfds_dir).sampler.window
+  settings = smoke_settings(tfds_dir, sampler__window=0.5)
+  refused(f'sampler.window=0.5, found {found}', settings, workdir, 'report')
+
+
 def test_test_scores_of_another_split_are_computed_again(
   searched, workdir, tfds_dir, compiled
 ):

@@ -50,6 +50,15 @@ def test_learning_rate_scales_with_the_batch(reference, accumulate, scale):
   assert schedule(last) == pytest.approx(scale * end, rel=1e-4)
 
 
+def test_warmup_longer_than_training_is_logged(monkeypatch):
+  lines = []
+  monkeypatch.setattr(optim.logging, 'warning', lambda *a: lines.append(a[1:]))
+  make(steps=100, warmup_steps=99)
+  assert not lines
+  make(steps=100, warmup_steps=100)
+  assert lines == [(100, 100)]
+
+
 @pytest.mark.parametrize('kind', ['supernet', 'network'])
 def test_layer_decay_slows_the_first_layers(kind):
   net = make_supernet()

@@ -212,6 +212,22 @@ def test_exported_teacher_of_other_images_is_refused(tfds_dir, exported):
     experiment_lib.create(settings, jax.devices()[:1]).init_state()
 
 
+def test_resuming_with_another_teacher_is_refused(tfds_dir, exported, tmp_path):
+  experiment = experiment_lib.create(
+    smoke_settings(
+      tfds_dir, distillation__loss='kl', distillation__teacher=str(exported)
+    ),
+    jax.devices()[:1],
+  )
+  state = experiment.init_state()
+  train._check_teacher(experiment, state, tmp_path)
+  other = jax.tree.map(lambda leaf: 2 * leaf, state.teacher)
+  with pytest.raises(
+    errors.UserError, match=r'config\.distillation\.teacher: .*other weights'
+  ):
+    train._check_teacher(experiment, state.replace(teacher=other), tmp_path)
+
+
 def test_gigamacs_count_the_candidates_of_attentive(tfds_dir):
   experiment = experiment_lib.create(
     smoke_settings(tfds_dir, curriculum__name='attentive'), jax.devices()[:1]
@@ -233,7 +249,7 @@ def test_shift_scores_a_probe_of_each_part(tfds_dir):
   evaluator = evaluate.Evaluator(experiment)
   heldout, state = experiment.dataset.split('heldout'), experiment.init_state()
   archs = experiment.probes
-  shifted = train.shift(experiment, evaluator, state, heldout)
+  shifted = train.update_shares(experiment, evaluator, state, heldout)
   scores = evaluator.score(state.supernet, archs, heldout)
   np.testing.assert_allclose(
     shifted.shares.loss_P, [score.loss for score in scores], rtol=1e-6
@@ -278,7 +294,11 @@ def test_optimizer_options_train_and_restore(tfds_dir, tmp_path):
   state = train.train(experiment, evaluator, tmp_path)
   weights, average, start = (
     np.asarray(jax.tree.leaves(net)[0])
-    for net in (state.supernet, state.scored, experiment.init_state().supernet)
+    for net in (
+      state.supernet,
+      state.evaluated,
+      experiment.init_state().supernet,
+    )
   )
   assert np.isfinite(weights).all()
   assert np.linalg.norm(average - weights) < np.linalg.norm(start - weights)
@@ -406,6 +426,7 @@ def test_loss_spike_is_logged(monkeypatch):
   losses = [{'train/loss': loss} for loss in (1.0, 3.0, 1.5)]
   loop._warn_of_spike(10, losses, usual=3.0 / loop.SPIKE)
   assert not lines
+  losses[0] = {'train/loss': np.nan}  # Of a skipped update.
   loop._warn_of_spike(10, losses, usual=0.5)
   assert [line[1:] for line in lines] == [(9, 3.0, 0.5)]
 

@@ -69,7 +69,7 @@ class State:
   average: networks.Network | None
 
   @property
-  def scored(self) -> networks.Network:
+  def evaluated(self) -> networks.Network:
     """The weights that are evaluated and saved."""
     return self.network if self.average is None else self.average
 
@@ -128,10 +128,10 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
       net, experiment.dataset.split(split)
     )
     for split in SPLITS
-    for when, net in zip(WHEN, (start, state.scored), strict=True)
+    for when, net in zip(WHEN, (start, state.evaluated), strict=True)
   }
   accuracies = {name: score.accuracy for name, score in scores.items()}
-  _write(experiment, state.scored, description, accuracies, folder)
+  _write(experiment, state.evaluated, description, accuracies, folder)
 
 
 def _refuse_stale_network(
@@ -340,7 +340,7 @@ def _train(
     return compiled(state, next(streams['train']))
 
   def look(state):
-    score = evaluator.score_network(state.scored, heldout)
+    score = evaluator.score_network(state.evaluated, heldout)
     return {'heldout_loss': score.loss, 'heldout_accuracy': score.accuracy}
 
   return loop.loop(

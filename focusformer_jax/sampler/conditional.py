@@ -91,7 +91,7 @@ class _Recursion(NamedTuple):
     before: F(l, g), before each layer.
     halfway: The same with the layer's heads chosen and its ratio still open.
     spent: F at each depth, NEVER for numbers of bins that are not allowed.
-    root: Total of `spent`, weighed by depth and width.
+    root: Total of `spent` over its bins, times the weights of depth and width.
   """
 
   before: Float[Array, 'L E G']
@@ -116,7 +116,7 @@ def _recurse(
   weights: LogWeights,
   bins: cost_bins.CostBins,
   budget: Cost,
-  lower: Cost | None,
+  lower: Cost,
   reduce: Callable[..., Array],
 ) -> _Recursion:
   """Runs the recursion; `reduce` is logsumexp or max over an axis."""
@@ -188,7 +188,7 @@ def log_partition(
   weights: LogWeights,
   bins: cost_bins.CostBins,
   budget: Cost,
-  lower: Cost | None = None,
+  lower: Cost = -1,
 ) -> Float[Array, '']:
   """Log of the weight of all architectures within a budget.
 
@@ -199,7 +199,7 @@ def log_partition(
     weights: Output of a policy, or any other weights.
     bins: Costs in bins.
     budget: Upper bound in units of the cost table.
-    lower: Lower bound, exclusive; None for none.
+    lower: Lower bound, exclusive; -1 for none.
   """
   recursion = _recurse(weights, bins, budget, lower, jax.nn.logsumexp)
   return jax.nn.logsumexp(recursion.root)
@@ -211,7 +211,7 @@ def sample(
   bins: cost_bins.CostBins,
   budget: Cost,
   count: int,
-  lower: Cost | None = None,
+  lower: Cost = -1,
 ) -> search_space.Architecture:
   """Draws a batch of `count` architectures, none of which exceeds the budget.
 
@@ -221,7 +221,7 @@ def sample(
     bins: Costs in bins.
     budget: Upper bound in units of the cost table, not below the lowest cost.
     count: Number of independent draws.
-    lower: Lower bound, exclusive; None for none.
+    lower: Lower bound, exclusive; -1 for none.
   """
   recursion = _recurse(weights, bins, budget, lower, jax.nn.logsumexp)
   return jax.vmap(
@@ -235,7 +235,7 @@ def uniform_within(
   bins: cost_bins.CostBins,
   budget: Cost,
   count: int,
-  lower: Cost | None = None,
+  lower: Cost = -1,
 ) -> search_space.Architecture:
   """Draws uniformly among all architectures within a budget (see `sample`)."""
   weights = architecture_weights(space)
@@ -246,7 +246,7 @@ def decode(
   weights: LogWeights,
   bins: cost_bins.CostBins,
   budget: Cost,
-  lower: Cost | None = None,
+  lower: Cost = -1,
 ) -> search_space.Architecture:
   """The most probable layers of the most probable depth and width.
 
@@ -289,7 +289,7 @@ def log_prob(
   bins: cost_bins.CostBins,
   budget: Cost,
   archs: search_space.Architecture,
-  lower: Cost | None = None,
+  lower: Cost = -1,
 ) -> Float[Array, 'A']:
   """Log p(a | lower < cost <= budget); its gradient is the exact score.
 
@@ -300,7 +300,7 @@ def log_prob(
     budget: Upper bound in units of the cost table.
     archs: Batch of A architectures, all within both bounds as `sample` draws
       them.
-    lower: Lower bound, exclusive; None for none.
+    lower: Lower bound, exclusive; -1 for none.
   """
   log_weights = jax.vmap(lambda arch: log_weight(weights, space, arch))(archs)
   return log_weights - log_partition(weights, bins, budget, lower)
@@ -310,7 +310,7 @@ def decisions(
   weights: LogWeights,
   bins: cost_bins.CostBins,
   budget: Cost,
-  lower: Cost | None = None,
+  lower: Cost = -1,
 ) -> tuple[LogWeights, Float[Array, '']]:
   """Exact probability of each choice given the budget, and the entropy.
 
@@ -333,7 +333,7 @@ def entropy(
   weights: LogWeights,
   bins: cost_bins.CostBins,
   budget: Cost,
-  lower: Cost | None = None,
+  lower: Cost = -1,
 ) -> Float[Array, '']:
   """Exact entropy given the budget, in nats (see `decisions`)."""
   return decisions(weights, bins, budget, lower)[1]
@@ -343,7 +343,7 @@ def mass_near(
   weights: LogWeights,
   bins: cost_bins.CostBins,
   budget: Cost,
-  lower: Cost | None = None,
+  lower: Cost = -1,
   share: float = 0.01,
 ) -> Float[Array, '']:
   """Probability that a draw costs over (1 - share) of the budget.

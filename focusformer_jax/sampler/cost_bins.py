@@ -54,7 +54,7 @@ class CostBins:
   """
 
   table: cost.CostTable
-  max_bins: int = 1024
+  max_bins: int
   num_bins: int = dataclasses.field(init=False)
   bin_E: Int[np.ndarray, 'E'] = dataclasses.field(init=False)
   base_DE: Int[np.ndarray, 'D E'] = dataclasses.field(init=False)
@@ -128,20 +128,19 @@ class CostBins:
     return jnp.where(spare_DE >= self.span_DE, self.full_DE, bins_DE)
 
   def allowed(
-    self, budget: Int[ArrayLike, ''], lower: Int[ArrayLike, ''] | None = None
+    self, budget: Int[ArrayLike, ''], lower: Int[ArrayLike, ''] = -1
   ) -> Bool[Array, 'D E G']:
     """Numbers of bins that are within `budget`, and not within `lower`.
 
-    Architectures that spend them never cost more than `budget`. With `lower`,
-    every architecture within the bins of `budget` that costs more than `lower`
-    is among them. Others are too where bins round: those that cost `lower` or
-    less, but more once each of their choices is rounded up to whole bins.
+    A `lower` of -1 excludes none. Architectures that spend these bins never
+    cost more than `budget`. Every architecture within the bins of `budget` that
+    costs more than `lower` is among them. Others are too where bins round:
+    those that cost `lower` or less, but more once each of their choices is
+    rounded up to whole bins.
     """
     bins_G = jnp.arange(self.num_bins + 1)
-    allowed_DEG = bins_G <= self.bins_left(budget)[..., None]
-    if lower is not None:
-      allowed_DEG &= bins_G > self.bins_left(lower)[..., None]
-    return allowed_DEG
+    within_DEG = bins_G <= self.bins_left(budget)[..., None]
+    return within_DEG & (bins_G > self.bins_left(lower)[..., None])
 
   def lower_bound(
     self, budget: Int[ArrayLike, ''], share: Float[ArrayLike, '']
@@ -155,7 +154,7 @@ class CostBins:
     return jnp.where(jnp.any(inside_DEG), lower, -1)
 
   def log_count(
-    self, budget: Int[ArrayLike, ''], lower: Int[ArrayLike, ''] | None = None
+    self, budget: Int[ArrayLike, ''], lower: Int[ArrayLike, ''] = -1
   ) -> Float[Array, '']:
     """Log of the number of architectures that `allowed` admits.
 
@@ -187,9 +186,9 @@ class CostBins:
     return np.array(by_width).swapaxes(0, 1)
 
   def lowest_budget(self, architectures: int) -> int:
-    """The lowest budget that so many architectures are within.
+    """The lowest budget that at least `architectures` architectures are within.
 
-    If the space has fewer, the lowest that all of them are within.
+    If the space has fewer, it is the lowest that all of them are within.
     """
     bins_G = np.arange(self.num_bins + 1, dtype=np.int64)
     spent_DEG = np.minimum(
@@ -217,12 +216,15 @@ class CostBins:
       scale: 'log' for the inverse of `normalize`, or 'linear' in the cost.
     """
     low, high = self.range
+    position = jnp.asarray(position, jnp.float32)
     if scale == 'log':
       budget = low * jnp.exp(position * np.log(high / low))
     else:
       budget = low + position * (high - low)
     # Clipped as integers: a float32 would round the ends of the range away.
-    return jnp.clip(budget.astype(jnp.int32), low, high)
+    budget = jnp.clip(budget.astype(jnp.int32), low, high)
+    # Rounding may leave the last position a few units below the highest cost.
+    return jnp.where(position < 1, budget, high)
 
   def draw(self, key: jax.Array, scale: str) -> Int[Array, '']:
     """A random budget, uniform over the range ('linear') or its 'log'."""

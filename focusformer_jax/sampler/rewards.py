@@ -82,7 +82,7 @@ REWARDS = {
 
 
 def signal(values_KMB: Float[Array, 'K M B']) -> Float[Array, 'K 1']:
-  """Share of the spread of M means over B images that is not sampling noise.
+  """Share of the variance of M means over B images that is not sampling noise.
 
   All subnets see the same images, so it is no noise that some are harder. What
   is left of a value after the means of its subnet and of its image are
@@ -107,8 +107,9 @@ def advantages(
 ) -> tuple[Float[Array, 'K M'], Float[Array, 'K M']]:
   """Rewards as configured, and the advantage of each subnet at its budget.
 
-  Unused shares of the budget and exceeded ones cost reward; with equal weights
-  that is TuNAS's absolute reward (arXiv 2008.06120).
+  `unused` and `penalty` weight the relative distance below and above the
+  budget, which is subtracted from the reward; with equal weights this is
+  TuNAS's absolute reward (arXiv 2008.06120).
 
   The baseline of each subnet is the mean reward of the other M - 1 (Kool et
   al. 2019), which leaves the gradient unbiased. With `scale_rewards`,

@@ -105,7 +105,7 @@ def grid(experiment: experiment_lib.Experiment, count: int) -> list[int]:
   )
 
 
-def draw_evenly(
+def best_of_random(
   scorer: score_cache.Scorer,
   budgets: Sequence[int],
   options: config_lib.Search,

@@ -32,6 +32,7 @@ def of_config(settings: config_lib.Settings) -> Fingerprint:
       'supernet.dtype': settings.supernet.dtype,
       'sampler.cost': sampler.cost,
       'sampler.bins': sampler.bins,
+      'sampler.window': sampler.window,
     }
   )
 

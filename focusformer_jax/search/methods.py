@@ -12,7 +12,7 @@ from focusformer_jax.search import score_cache
 from focusformer_jax.training import state as state_lib
 
 # (scorer, budgets, options, seed) to an answer for each budget.
-Answers = Callable[
+AnswerMethod = Callable[
   [score_cache.Scorer, Sequence[int], config_lib.Search, answers.Seed],
   list[answers.Answer],
 ]
@@ -30,7 +30,7 @@ class Method:
     style: Keyword arguments of `Axes.plot` for its line in the report.
   """
 
-  answer: Answers
+  answer: AnswerMethod
   most: Callable[[config_lib.Search, int], int]
   style: dict[str, Any]
 
@@ -66,7 +66,7 @@ METHODS = {
     dict(marker='D', color='tab:purple', linestyle=':'),
   ),
   'random': Method(
-    answers.draw_evenly,
+    answers.best_of_random,
     lambda o, budgets: o.random * budgets,
     dict(marker='s', color='tab:orange', linestyle='--'),
   ),

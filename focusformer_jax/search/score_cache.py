@@ -201,7 +201,7 @@ class Scorer:
       keys, missing = missing[:GROUP], missing[GROUP:]
       start = time.monotonic()
       scores = self._evaluator.score(
-        self._state.scored,
+        self._state.evaluated,
         [wanted[key] for key in keys],
         self._sources[split],
         self._state.teacher,

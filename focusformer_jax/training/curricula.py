@@ -30,11 +30,12 @@ class Drawn(NamedTuple):
 
   Args:
     archs: S architectures.
-    scored: The architectures whose held-out losses the draw looked at, if any.
+    candidates: The architectures whose held-out losses the draw looked at, if
+      any.
   """
 
   archs: search_space.Architecture
-  scored: search_space.Architecture | None = None
+  candidates: search_space.Architecture | None = None
 
 
 class Shares(NamedTuple):
@@ -59,7 +60,8 @@ class Context(NamedTuple):
   Args:
     step: Number of finished updates.
     policy: The sampler.
-    score: Looks at a held-out batch; None where `wants_scores` is false.
+    score: Scores architectures on a held-out batch, which only steps of a
+      curriculum with `wants_scores` get.
     shares: For `shift`.
   """
 
@@ -76,7 +78,13 @@ Factory = Callable[
 
 
 def warmup_steps(settings: config_lib.Settings) -> int:
-  """Steps before the sampler is trained and used; all but for 'focus'."""
+  """Steps before the sampler is trained.
+
+  All of them in curricula other than 'focus'; none where the supernet is frozen
+  and only the sampler learns.
+  """
+  if not settings.train.supernet:
+    return 0
   if settings.curriculum.name != 'focus':
     return settings.train.steps
   return round(settings.curriculum.warmup * settings.train.steps)
@@ -133,7 +141,7 @@ def uniform_cost(
   """Draws subnets uniformly within budgets that are uniform in the cost.
 
   Each subnet has a budget of its own, between the lowest and the highest cost,
-  or with `strata` in its own one of S equal parts of that range.
+  or, with `strata`, within its own part of S equal parts of that range.
   """
   within_budgets = _within_uniform_budgets(settings, space, bins, 1)
 
@@ -240,7 +248,7 @@ def focus(
       ),
     )
     bound = jnp.where(step < warmup, bins.range[1], budget)
-    lower = None
+    lower = -1
     if window:
       lower = jnp.where(step < warmup, -1, bins.lower_bound(budget, window))
     drawn = conditional.sample(draw_key, weights, bins, bound, 1, lower)
@@ -271,8 +279,8 @@ def shift(
 ) -> Draw:
   """Draws a part of the cost range, then uniformly an architecture in it.
 
-  After ShiftNAS (Zhang et al., ICCV 2023), parts whose held-out loss still
-  falls are drawn more often; `shifted` has our rule.
+  As in ShiftNAS (Zhang et al., ICCV 2023), parts whose held-out loss still
+  falls are drawn more often. The rule is our own, in `next_shares`.
   """
   count, parts = settings.curriculum.subnets, settings.curriculum.parts
 
@@ -374,7 +382,8 @@ def probes(
 ) -> search_space.Architecture:
   """For each part of the cost range an architecture whose loss stands for it.
 
-  They are the same at every look, so that losses differ by training alone.
+  They are the same at every look and for every seed, so that losses differ by
+  training alone.
   """
   keys = jax.random.split(jax.random.key(0), settings.parts)
   return jax.vmap(
@@ -382,11 +391,12 @@ def probes(
   )(keys, jnp.arange(settings.parts))
 
 
-def shifted(shares: Shares, loss_P: Float[np.ndarray, 'P']) -> Shares:
+def next_shares(shares: Shares, loss_P: Float[np.ndarray, 'P']) -> Shares:
   """The shares after a look at the held-out losses.
 
-  One half is even, the other in proportion to how much each loss fell since the
-  last look; all is even where none fell, and after the first look.
+  Half of the probability is spread evenly, the other half in proportion to the
+  fall of each loss since the last look. If no loss fell, and after the first
+  look, all of it is spread evenly.
   """
   fall_P = np.maximum(shares.loss_P - loss_P, 0)
   even_P = np.full_like(fall_P, 1 / len(fall_P))
@@ -411,7 +421,7 @@ def gradient_weights(
   The complexity-aware learning rate of arXiv 2503.10740 is lr (1 - t/T)^g, with
   an exponent g that falls linearly in the logarithm of a subnet's cost: small
   subnets learn early, large ones until the end. Subnets that share an update
-  share its learning rate, so here (1 - t/T)^g weighs their losses instead,
+  share its learning rate, so here (1 - t/T)^g weights their losses instead,
   relative to the mean over the S subnets.
 
   Args:

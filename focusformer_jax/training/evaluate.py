@@ -65,7 +65,7 @@ class Evaluator:
   def compile(
     self, state: state_lib.TrainState, source: datasets.Source
   ) -> float:
-    """Runs each program once, so that later calls can be timed.
+    """Runs each program of a search once, so that later calls can be timed.
 
     Args:
       state: Any state of the experiment.
@@ -80,7 +80,9 @@ class Evaluator:
     self.draw(np.random.default_rng(0), budget, 1)
     archs = search_space.stack([space.smallest()] * self._chunk)
     batch = next(self._batches(source))
-    jax.block_until_ready(self._step(state.scored, archs, batch, state.teacher))
+    jax.block_until_ready(
+      self._step(state.evaluated, archs, batch, state.teacher)
+    )
     return time.monotonic() - start
 
   def _batches(self, source: datasets.Source) -> Iterator[dict[str, jax.Array]]:

@@ -369,8 +369,8 @@ def _as_teacher(net: supernet_lib.Supernet) -> supernet_lib.Supernet:
   return jax.tree.map(jnp.copy, net).executed('masked')
 
 
-# Facts only where they differ from these values, the defaults: checkpoints were
-# written before these keys existed.
+# These facts are stored only where they differ from the defaults here, so that
+# checkpoints older than these keys still fit.
 IMPLIED_FACTS = {
   f'supernet.{name}': getattr(config_lib.Supernet(), name)
   for name in ('class_token', 'registers', 'norm_eps', 'head', 'norms_by_width')
@@ -446,6 +446,6 @@ def create(settings: config_lib.Settings, devices=None) -> Experiment:
       bins.bound(budget)
     except ValueError as error:
       raise errors.UserError(f'config.{key}: {error}') from error
-  # These say what is wrong with them.
+  # Evaluated here so that their errors come before any work.
   _ = experiment.extract_architecture, experiment.attention
   return experiment

@@ -12,7 +12,6 @@ from typing import Any
 from absl import logging
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from focusformer_jax import atomic_files
@@ -25,6 +24,7 @@ from focusformer_jax.models import pretrained
 from focusformer_jax.models import vit
 from focusformer_jax.models import weight_files
 from focusformer_jax.spaces import search_space
+from focusformer_jax.training import checkpoint
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import train
@@ -35,9 +35,9 @@ DIRECTORY = 'initial'
 def settle(
   settings: config_lib.Settings, workdir: epath.Path
 ) -> config_lib.Settings:
-  """The settings, with what the initial network decides on.
+  """The settings, completed from the initial network.
 
-  These are `space`, the keys of `supernet` that describe a network, and
+  It decides on `space`, the keys of `supernet` that describe a network, and
   `train.initial`, which then names `<workdir>/initial`. The network is sorted
   and written there unless that is done. Settings without an initial network, or
   with AutoFormer's weights, stay as they are.
@@ -197,7 +197,7 @@ def _prepare(
       f'{experiment.geometry}, found one for {network.geometry}'
     )
   # All have to find that it is not there before process 0 writes it.
-  multihost_utils.sync_global_devices('the initial network is read')
+  checkpoint.wait_for_all('the initial network is read')
   if jax.process_index() == 0:
     description |= {'made_with': _facts(settings)}
     method = settings.pretrained.importance
@@ -226,4 +226,4 @@ def _prepare(
       network = importance.sort(network, units)
       description['layer_order'] = order
     vit.save(network, description, home)
-  multihost_utils.sync_global_devices('the initial network is written')
+  checkpoint.wait_for_all('the initial network is written')

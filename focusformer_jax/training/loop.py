@@ -32,7 +32,7 @@ STEPS_AHEAD = 2
 # Steps of a run before those that `config.debug.trace` records, and how many.
 STEPS_BEFORE_TRACE, STEPS_TRACED = 10, 10
 
-# A warning names a loss that is this many times the mean of the last line.
+# A loss above this multiple of the last line's mean gets a warning.
 SPIKE = 4.0
 
 
@@ -131,7 +131,7 @@ def loop(
 
 @contextlib.contextmanager
 def _closing(streams: Mapping[str, batches_lib.Batches]) -> Iterator[None]:
-  """Stops what reads ahead at the end, also after an interruption."""
+  """Closes all streams at the end, also after an interruption."""
   try:
     yield
   finally:
@@ -281,7 +281,8 @@ def _stop_if_broken(
 
 
 def _warn_of_spike(step: int, done: list[steps.Metrics], usual: float) -> None:
-  losses = [m.get('train/loss', 0) for m in done]
+  # The loss of a skipped update may be NaN, which is no spike.
+  losses = np.nan_to_num([m.get('train/loss', 0) for m in done], posinf=0)
   worst = int(np.argmax(losses))
   if losses[worst] > SPIKE * usual:
     logging.warning(
@@ -310,4 +311,6 @@ def _preemption() -> Iterator[Callable[[int], bool]]:
       else lambda step: bool(signals)
     )
   finally:
+    # With several processes this replaces JAX's handler, which only notes the
+    # signal: after training, a signal has to end the process.
     signal.signal(signal.SIGTERM, before)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import re
 from typing import Any, NamedTuple, TypeVar
 
+from absl import logging
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,17 @@ def schedule(
 def supernet_optimizer(
   settings: config_lib.Optimizer, steps: int, batch_size: int
 ) -> optax.GradientTransformation:
-  """AdamW (arXiv 1711.05101) that skips updates that are not finite."""
+  """AdamW (arXiv 1711.05101) that skips updates that are not finite.
+
+  Logs a warning if the warm-up is no shorter than the training.
+  """
+  if settings.warmup_steps >= steps:
+    logging.warning(
+      'optimizer.warmup_steps: wanted fewer than the %d training steps, found '
+      '%d; the learning rate never falls',
+      steps,
+      settings.warmup_steps,
+    )
   adamw = optax.adamw(
     schedule(settings, steps, batch_size),
     weight_decay=settings.weight_decay,

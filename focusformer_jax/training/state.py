@@ -34,8 +34,8 @@ class TrainState:
     gigamacs: Cost of training so far in 1e9 multiply-adds, of updates (a
       backward pass counts as two forward passes), of all subnets scored and of
       the teacher.
-    teacher: The supernet as it came, whose largest subnet teaches, or a network
-      of its own, if that is configured. It is never updated.
+    teacher: Frozen teacher, if one is configured: the initial supernet, whose
+      largest subnet teaches, or a separate network.
     shares: How often the curriculum `shift` draws from each part of the cost
       range, where it is configured.
   """
@@ -53,7 +53,7 @@ class TrainState:
   shares: curricula.Shares | None = None
 
   @property
-  def scored(self) -> supernet_lib.Supernet:
+  def evaluated(self) -> supernet_lib.Supernet:
     """The weights that are evaluated, searched and extracted."""
     return self.supernet if self.average is None else self.average
 

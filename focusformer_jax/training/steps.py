@@ -58,7 +58,7 @@ def supernet_step(
 
   def score(archs):
     return eval_step(
-      experiment, state.scored, archs, batch['heldout'], state.teacher
+      experiment, state.evaluated, archs, batch['heldout'], state.teacher
     ).loss
 
   drawn = experiment.draw(
@@ -130,9 +130,9 @@ def supernet_step(
   gigamacs = state.gigamacs + FORWARD_AND_BACKWARD * forward
   if frozen_BC is not None:
     gigamacs += frozen_gigamacs
-  if drawn.scored is not None:
+  if drawn.candidates is not None:
     heldout = len(batch['heldout']['label'])
-    gigamacs += _gigamacs(experiment, drawn.scored, heldout)
+    gigamacs += _gigamacs(experiment, drawn.candidates, heldout)
   state = state.replace(
     step=state.step + 1,
     gigamacs=gigamacs,
@@ -186,7 +186,8 @@ def sampler_step(
   )
   exact = settings.constraint == 'exact'
   bound_K = budget_K if exact else jnp.full_like(budget_K, bins.range[1])
-  position_K, lower_K = jax.vmap(bins.normalize)(budget_K), None
+  position_K = jax.vmap(bins.normalize)(budget_K)
+  lower_K = jnp.full_like(budget_K, -1)
   if settings.window:
     lower_K = jax.vmap(lambda b: bins.lower_bound(b, settings.window))(budget_K)
 
@@ -202,7 +203,7 @@ def sampler_step(
     lambda leaf: leaf.reshape(K * M, *leaf.shape[2:]), archs_KM
   )
   scores_AB = score_images(
-    experiment, state.scored, archs_A, batch, state.teacher
+    experiment, state.evaluated, archs_A, batch, state.teacher
   )
   scores = _sums(scores_AB, batch['weight'])
   signal_K1 = 1.0
@@ -296,7 +297,9 @@ def _score_images(
 ) -> ImageScores:
   """Cross-entropy, or the distance of features from the teacher's.
 
-  Features classify an image as the nearest other image of the batch, by cosine.
+  Features classify an image as the nearest other image of the batch, by cosine,
+  among those that are on the same device. So the accuracy of networks without
+  classes depends on the batch size and on the number of devices.
 
   Args:
     logits_BC: Outputs of a network.
@@ -358,8 +361,8 @@ def score_images(
     supernet: The weights to inherit.
     archs: A architectures.
     batch: Images and labels.
-    teacher: Its largest subnet has the features that those of a network without
-      classes are compared with; other networks need none.
+    teacher: For networks without classes, the frozen supernet whose largest
+      subnet gives the features to compare with; ignored for others.
   """
   mesh = experiment.mesh
   supernet = sharding.gathered(mesh, supernet)
@@ -413,7 +416,7 @@ class Proposal(NamedTuple):
     weights: Output of the policy.
     decisions: Probability of each choice.
     entropy: Entropy of the distribution, in nats.
-    subnets: Number of subnets that it is over.
+    subnets: Number of subnets within the bounds.
     mass_near: Probability of costs within 1% of the budget.
   """
 

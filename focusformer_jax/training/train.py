@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from focusformer_jax import atomic_files
+from focusformer_jax import errors
 from focusformer_jax import sharding
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
@@ -156,6 +157,7 @@ def train(
       _log_overview(experiment, state)
     else:
       state = checkpoints.restore(experiment.abstract_state, streams)
+      _check_teacher(experiment, state, workdir)
       logging.info('resuming %s at step %d', workdir, int(state.step))
     describe_run(experiment, workdir)
 
@@ -189,7 +191,7 @@ def train(
         state, sampled = sampler_step(state, next(streams['heldout']))
         metrics |= sampled
       if shifts and step % settings.curriculum.look_every == 0:
-        state = shift(experiment, evaluator, state, heldout)
+        state = update_shares(experiment, evaluator, state, heldout)
         shares = enumerate(jax.device_get(state.shares.share_P), 1)
         metrics |= {f'shift/share_{part}': share for part, share in shares}
       return state, metrics
@@ -222,23 +224,40 @@ def train(
     )
 
 
-def shift(
+def _check_teacher(
+  experiment: experiment_lib.Experiment,
+  state: state_lib.TrainState,
+  workdir: epath.Path,
+) -> None:
+  """Raises a UserError if another network taught the run so far."""
+  if experiment.other_teacher is None:
+    return
+  network, _ = experiment.other_teacher
+  if checkpoint.checksums(network) != checkpoint.checksums(state.teacher):
+    raise errors.UserError(
+      f'config.distillation.teacher: wanted the network that taught {workdir} '
+      f'so far, found {experiment.settings.distillation.teacher}, which has '
+      'other weights; change that key or use another --workdir'
+    )
+
+
+def update_shares(
   experiment: experiment_lib.Experiment,
   evaluator: evaluate.Evaluator,
   state: state_lib.TrainState,
   heldout: datasets.Source,
 ) -> state_lib.TrainState:
-  """Gives each part of the cost range its share by how its loss fell.
+  """The state after a look at the held-out loss of each part of the cost range.
 
-  For the curriculum `shift`; all held-out images count.
+  For the curriculum `shift`; all held-out images are scored.
   """
   archs = experiment.probes
-  scores = evaluator.score(state.scored, archs, heldout, state.teacher)
+  scores = evaluator.score(state.evaluated, archs, heldout, state.teacher)
   shares, gigamacs = jax.device_get((state.shares, state.gigamacs))
   loss_P = np.array([score.loss for score in scores], np.float32)
   macs = sum(experiment.tables['macs'].of(arch) for arch in archs)
   new = (
-    curricula.shifted(shares, loss_P),
+    curricula.next_shares(shares, loss_P),
     np.float32(gigamacs + 1e-9 * macs * len(heldout)),
   )
   old = state.shares, state.gigamacs
@@ -307,7 +326,7 @@ def _look(
   table, budgets = experiment.cost_bins.table, experiment.search_budgets
   proposals = evaluator.propose(state.policy, budgets)
   scores = evaluator.score(
-    state.scored, [p.arch for p in proposals], heldout, state.teacher
+    state.evaluated, [p.arch for p in proposals], heldout, state.teacher
   )
   metrics, certain = {}, []
   for budget, proposal, score in zip(budgets, proposals, scores, strict=True):
@@ -327,12 +346,11 @@ def _look(
 
 
 def _warn_of_collapse(step: int, total: int, certain: list[int]) -> None:
-  """Says which budgets the sampler has too early one answer to."""
+  """Warns of budgets for which the sampler is certain of one subnet early."""
   if certain and step < MAY_BE_CERTAIN_AFTER * total:
     logging.warning(
       'step %d: the sampler is certain of one subnet for %s (entropy below %g '
-      'nats) and trains few others there; config.sampler.target_entropy keeps '
-      'it open',
+      'nats); a larger config.sampler.entropy keeps more of them probable',
       step,
       ', '.join(f'{budget:,}' for budget in certain),
       CERTAIN,
