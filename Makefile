@@ -34,4 +34,4 @@ lint: .venv-dev/done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-dev workdir
+	rm -rf .venv .venv-dev

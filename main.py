@@ -133,13 +133,20 @@ def _keep_compiled_programs():
   """A second start compiles nothing; JAX_COMPILATION_CACHE_DIR moves it."""
   if jax.config.jax_compilation_cache_dir is None:
     cache = epath.Path('~/.cache/focusformer_jax').expanduser()
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+      cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+      logging.warning(
+        'compiled programs are not kept: %s; set JAX_COMPILATION_CACHE_DIR',
+        error,
+      )
+      return
     jax.config.update('jax_compilation_cache_dir', str(cache))
 
 
 def main(argv):
   if len(argv) > 1:
-    sys.exit(f'error: wanted flags alone, found {argv[1]}')
+    sys.exit(f'error: wanted only flags, found the argument {argv[1]}')
   _show_our_lines()
   _keep_compiled_programs()
   _join_processes()
@@ -152,7 +159,10 @@ def main(argv):
   except errors.UserError as error:
     _leave(f'error: {error}')
   except OSError as error:
-    _leave(f'error: wanted files to read and write, found {error}')
+    _leave(
+      f'error: cannot read or write a file: {error}; check --workdir and '
+      'config.data.dir'
+    )
   except BaseException:
     if jax.process_count() == 1:
       raise

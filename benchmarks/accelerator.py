@@ -101,7 +101,7 @@ def parts(
     variants = {
       'execution': supernet_lib.EXECUTIONS,
       'attention': ATTENTION[platform],
-      'remat': tuple(supernet_lib.KEPT),
+      'remat': tuple(supernet_lib.REMAT_POLICIES),
     }
     for key, values in variants.items():
       for value in values:

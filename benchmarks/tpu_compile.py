@@ -429,7 +429,7 @@ def flags() -> argparse.Namespace:
   )
   several('--program', ['supernet'], choices=PROGRAMS)
   several('--execution', ['masked'], choices=supernet_lib.EXECUTIONS)
-  several('--remat', ['auto'], choices=('auto', *supernet_lib.KEPT))
+  several('--remat', ['auto'], choices=('auto', *supernet_lib.REMAT_POLICIES))
   several('--images_per_chip', [128], type=int)
   parser.add_argument('--json', type=pathlib.Path, help='file of the rows')
   return parser.parse_args()

@@ -257,6 +257,13 @@ class Supernet(schema.Section):
     above=0,
   )
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.pool == 'cls' and not self.class_token:
+      raise ValueError(
+        'pool: wanted mean or fc_norm with class_token=False, found cls'
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(schema.Section):
@@ -567,7 +574,7 @@ class Sampler(schema.Section):
     super().__post_init__()
     if self.shrink and self.reward not in ('loss', 'accuracy'):
       raise ValueError(
-        f'shrink: wanted False with reward={self.reward}, which is no mean '
+        f'shrink: wanted False with reward={self.reward}, which is not a mean '
         'over images, found True'
       )
     if self.shrink and self.batch_size < 2:
@@ -791,7 +798,7 @@ class Profile(schema.Section):
 
 @dataclasses.dataclass(frozen=True)
 class Retrain(schema.Section):
-  """Training of an extracted network."""
+  """Training of an extracted network, or of a new CNN."""
 
   network: str | None = key(
     None,

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-  """Something the user can mend; `main.py` prints it as one line.
+  """An error that the user can fix; `main.py` prints it as one line.
 
   The message names what was wanted, what was found and the key to change.
   """

@@ -1,6 +1,7 @@
 """Tables, plots and one HTML page about a run, from its files."""
 
 import base64
+import collections
 import html
 import io
 import json
@@ -121,9 +122,13 @@ def curve_plots(curves: metrics.Curves) -> dict[str, figure_lib.Figure]:
     {int(m[1]) for name in curves if (m := re.match(r'budget_(\d+)/', name))}
   )
 
+  # Budgets that are alike when they are short are shown in full.
+  alike = collections.Counter(map(_short, budgets))
+  label = {b: _short(b) if alike[_short(b)] == 1 else f'{b:,}' for b in budgets}
+
   def per_budget(metric: str) -> metrics.Curves:
-    lines = {_short(b): curves.get(f'budget_{b}/{metric}') for b in budgets}
-    return {label: points for label, points in lines.items() if points}
+    lines = {label[b]: curves.get(f'budget_{b}/{metric}') for b in budgets}
+    return {name: points for name, points in lines.items() if points}
 
   def one(name: str) -> metrics.Curves:
     return {'': curves[name]} if name in curves else {}

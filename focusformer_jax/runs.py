@@ -261,7 +261,9 @@ class Run:
     from matplotlib import pyplot as plt  # Slow to import.
     from matplotlib import ticker
 
-    answers = self.answers(budgets or self.experiment.search_budgets)
+    if budgets is None:
+      budgets = self.experiment.search_budgets
+    answers = self.answers(budgets)
     budgets = [answer.budget for answer in answers]
     costs = [answer.cost for answer in answers]
     accuracies = [answer.heldout.accuracy for answer in answers]

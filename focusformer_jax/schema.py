@@ -282,7 +282,9 @@ def find(section: Section, names: Iterable[str], path: str) -> Key | None:
 
 def _member(section: Any, name: str, path: str) -> Any:
   if not isinstance(section, Section):
-    raise errors.UserError(f'{path}.{name}: no such key; {path} is no section')
+    raise errors.UserError(
+      f'{path}.{name}: no such key; {path} is a key, not a section'
+    )
   known = [field.name for field in dataclasses.fields(section)]
   if name in known:
     return getattr(section, name)

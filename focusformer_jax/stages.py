@@ -65,6 +65,7 @@ def run(
 
   Raises:
     UserError: A mistake that the user can fix.
+    loop.Preempted: SIGTERM came during training; a checkpoint is written.
   """
   methods.check(settings.search)
   settings = initial_network.settle(settings, workdir)
@@ -151,7 +152,7 @@ def _is_searched(
   wanted: fingerprint.Fingerprint,
   options: config_lib.Search,
 ) -> bool:
-  """Whether these settings were searched already, as process 0 sees it."""
+  """Whether process 0 finds these settings searched; all get its answer."""
   asked = json.loads(json.dumps(dataclasses.asdict(options)))
   found = (_searched(workdir, wanted) or {}).get('search') == asked
   return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
@@ -166,7 +167,7 @@ def _refuse_stale_results(
   opened, so a changed one goes unnoticed until the next search.
 
   Raises:
-    UserError: names the first difference.
+    UserError: There is a difference; the message names the first one.
   """
   path, found = workdir / RESULTS, _results(workdir).get('fingerprint')
   if found is None:

@@ -53,6 +53,12 @@ def complaint(key, call, *arguments) -> str:
     ('config.sampler.cost', {'space__embed_dim': (24, 1_000_003)}),
     ('config.search.budgets', {'search__budgets': (10.0,)}),
     ('config.supernet.patch_size', {'supernet__patch_size': 5}),
+    ('config.supernet.head', {'supernet__head': False}),
+    ('config.distillation.loss', {'distillation__loss': 'features'}),
+    (
+      'config.augment.mean',
+      {'augment__mean': (0.5,) * 3, 'augment__std': (0.5,) * 3},
+    ),
   ],
 )
 def test_a_config_that_does_not_fit(tfds_dir, tmp_path, key, changes):

@@ -179,8 +179,8 @@ def test_messages_name_key_domain_and_value(tfds_dir, key, value, wanted):
     ),
     (
       {'sampler__shrink': True, 'sampler__reward': 'pareto'},
-      'sampler.shrink: wanted False with reward=pareto, which is no mean over '
-      'images, found True',
+      'sampler.shrink: wanted False with reward=pareto, which is not a mean '
+      'over images, found True',
     ),
     (
       {'sampler__shrink': True, 'sampler__batch_size': 1},
@@ -196,6 +196,10 @@ def test_messages_name_key_domain_and_value(tfds_dir, key, value, wanted):
       'sampler.window: wanted 0 with constraint=penalty, which draws freely',
     ),
     ({'train__supernet': False}, 'train.initial: wanted a file of weights'),
+    (
+      {'supernet__pool': 'cls', 'supernet__class_token': False},
+      'supernet.pool: wanted mean or fc_norm with class_token=False, found cls',
+    ),
     ({'sampler__cost': 'latency'}, 'sampler.latency: wanted the table'),
     ({'search__mutants': 0.6}, 'search.children: wanted at most 0.4'),
     (
@@ -219,7 +223,8 @@ def test_keys_that_contradict_each_other(tfds_dir, changes, message):
     ('mesh.x', "config.mesh.x: no such key; wanted one of data, fsdp"),
     ('retrain.optimizer.eam', 'config.retrain.optimizer.eam: no such key; did '
      'you mean ema?'),
-    ('seed.x', 'config.seed.x: no such key; config.seed is no section'),
+    ('seed.x', 'config.seed.x: no such key; config.seed is a key, not a '
+     'section'),
   ],
 )  # fmt: skip
 def test_unknown_keys_get_a_suggestion(path, message):

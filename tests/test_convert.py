@@ -1,6 +1,7 @@
 """Conversion from AutoFormer's tensors, and back."""
 
 import argparse
+import dataclasses
 import functools
 import os
 import pickle
@@ -50,6 +51,21 @@ def test_weights_survive_a_round_trip(case, tmp_path):
   for name, array in wanted.items():
     np.testing.assert_array_equal(found[name], array, err_msg=name)
   assert_same(autoformer.from_autoformer(weight_files.read(path), net), net)
+
+
+@pytest.mark.parametrize(
+  'key, value',
+  [('registers', 2), ('class_token', False), ('max_relative_position', 0)],
+)
+def test_network_that_autoformer_cannot_have_is_refused(small, key, value):
+  net, archs, _ = small
+  geometry = dataclasses.replace(net.geometry, **{key: value})
+  values = net.space.to_json(archs[0])
+  network = jax.eval_shape(
+    lambda: vit.create(values, geometry, pool='mean', rngs=nnx.Rngs(0))
+  )
+  with pytest.raises(ValueError, match=rf'^supernet\.{key}: AutoFormer'):
+    autoformer.to_autoformer(network)
 
 
 def test_subnet_reads_prefixes_of_its_supernet(small):

@@ -388,3 +388,36 @@ def test_wrong_image_folder_is_refused(folder):
     settings = data_settings(name='image_folder', **changes)
     with pytest.raises(errors.UserError, match=message):
       datasets.open_dataset(settings)
+
+
+def test_image_folder_without_images_is_refused(folder):
+  for path in (folder / 'test').rglob('*.png'):
+    path.unlink()
+  settings = data_settings(name='image_folder', dir=str(folder))
+  with pytest.raises(
+    errors.UserError, match=r'^config\.data\.dir: wanted images .*/test/<class>'
+  ):
+    datasets.open_dataset(settings)
+
+
+def test_broken_image_is_named(folder):
+  path = folder / 'test' / 'cat' / '1.png'
+  path.write_bytes(b'broken')
+  settings = data_settings(name='image_folder', dir=str(folder), image_size=4)
+  test = datasets.open_dataset(settings).split('test')
+  with pytest.raises(errors.UserError) as error:
+    test.batch(np.arange(len(test)))
+  assert str(error.value) == (
+    f'config.data.dir: {path}: wanted an image, found 6 bytes that are not '
+    'one, or only a part of one'
+  )
+
+
+def test_data_set_in_another_format_is_refused(tmp_path):
+  NoiseOfOneSize(data_dir=str(tmp_path)).download_and_prepare()  # In tfrecord.
+  settings = data_settings(name='noise_of_one_size', dir=str(tmp_path))
+  with pytest.raises(
+    errors.UserError,
+    match=r'^config\.data\.dir: wanted noise_of_one_size in the format',
+  ):
+    datasets.open_dataset(settings)

@@ -86,9 +86,24 @@ def test_cache_of_a_broken_image_is_not_kept(folder, tmp_path_factory):
   cache = tmp_path_factory.mktemp('cache')
   for path in (folder / 'train/cat').glob('*'):
     path.write_bytes(b'broken')
-  with pytest.raises(errors.UserError, match='wanted an image, found 6 bytes'):
+  with pytest.raises(
+    errors.UserError, match=r'cat/\d\.png: wanted an image, found 6 bytes'
+  ):
     cached_folder(folder, cache).split('train')
   assert not list(cache.iterdir())
+
+
+def test_folders_with_the_same_names_have_caches_of_their_own(
+  folder, tmp_path_factory
+):
+  cache, copy = (
+    tmp_path_factory.mktemp('cache'),
+    tmp_path_factory.mktemp('copy'),
+  )
+  shutil.copytree(folder, copy, dirs_exist_ok=True)
+  for place in (folder, copy, copy):
+    cached_folder(place, cache).split('train')
+  assert len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.parametrize(

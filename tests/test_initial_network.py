@@ -193,8 +193,8 @@ def without(state_dict, name):
     (
       lambda s: s,
       {'pretrained__num_heads': None},
-      'config.pretrained.num_heads: wanted their number, as the width 16 is no '
-      'multiple of 64, found None',
+      'config.pretrained.num_heads: wanted their number, as the width 16 is not '
+      'a multiple of 64, found None',
     ),
     (
       lambda s: s,
@@ -226,6 +226,14 @@ def test_files_that_do_not_fit_are_refused_in_one_line(
   assert str(error.value).startswith(message)
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'work').exists()
+
+
+def test_run_that_started_from_other_weights_is_not_resumed(tfds_dir, trained):
+  settings = smoke_settings(tfds_dir, train__initial='vit.safetensors')
+  with pytest.raises(
+    errors.UserError, match=r"config\.train\.initial: wanted '', with which"
+  ):
+    initial_network.settle(settings, epath.Path(trained))
 
 
 def test_initial_teacher_needs_a_network(tfds_dir, tmp_path):

@@ -100,6 +100,16 @@ def test_plot_has_methods_that_are_no_longer_registered(workdir):
   assert labels == ['sampler', 'retired']
 
 
+def test_curves_of_similar_budgets_are_told_apart():
+  curves = {
+    f'budget_{budget}/entropy': [(1, 0.5)]
+    for budget in (1_410_000, 1_440_000, 2_000_000)
+  }
+  [axes] = report.curve_plots(curves)['entropy'].axes
+  labels = [line.get_label() for line in axes.lines]
+  assert labels == ['1,410,000', '1,440,000', '2.0M']
+
+
 def test_page_leaves_out_missing_files(workdir, tmp_path):
   results = (workdir / 'results.json').read_text()
   (tmp_path / 'results.json').write_text(results)

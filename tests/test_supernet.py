@@ -260,7 +260,7 @@ def test_layer_norm_of_bfloat16_is_as_precise_as_its_result(offset):
   )
 
 
-@pytest.mark.parametrize('remat', supernet_lib.KEPT)
+@pytest.mark.parametrize('remat', supernet_lib.REMAT_POLICIES)
 def test_gradients_do_not_depend_on_rematerialization(remat, images):
   arch = TINY.middle()
   loss = jax.jit(

@@ -1,4 +1,5 @@
 """Images: data sets, decoding, batches, and augmentation on the device.
 
-May import `config`; knows nothing of models or training.
+May import `config`, `sharding` and `progress`; knows nothing of models or
+training.
 """

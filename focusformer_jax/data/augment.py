@@ -49,19 +49,19 @@ def augment(
   """Augments one training batch.
 
   Args:
-    recipe: which augmentations to apply; a constant under `jax.jit`, as are
+    recipe: Augmentations to apply; a constant under `jax.jit`, as are
       `num_classes` and `mesh`.
-    key: a typed key; the same one gives the same batch.
-    images_BHWC: bytes, with one channel or three.
-    labels_B: class indices.
-    num_classes: K.
-    mesh: devices that share the batch; None for the default device.
+    key: Typed PRNG key; the same one gives the same batch.
+    images_BHWC: Bytes, with one channel or three.
+    labels_B: Class indices.
+    num_classes: Number of classes, K.
+    mesh: Devices that share the batch; None for the default device.
 
   Returns:
     Normalized images and soft labels that sum to 1.
 
   Raises:
-    ValueError: images that are not bytes, or whose channels do not fit.
+    ValueError: The images are not bytes, or their channels do not fit.
   """
   _check(recipe, images_BHWC)
   image_key, mix_key = jax.random.split(key)
@@ -148,10 +148,10 @@ def _box(key, shape, area, aspect):
   """A random box, as timm and torchvision draw it.
 
   Args:
-    key: for all draws.
-    shape: the height and width that the box must fit into.
-    area: range of its area as a share of the whole, drawn uniformly.
-    aspect: range of its width over its height, drawn uniformly in logarithm.
+    key: PRNG key for all draws.
+    shape: Height and width that the box must fit into.
+    area: Range of its area as a share of the whole, drawn uniformly.
+    aspect: Range of its width over its height, drawn uniformly in logarithm.
 
   Returns:
     Its corner and size, int32[2] each, (row, column); a box that did not fit
@@ -166,7 +166,7 @@ def _box(key, shape, area, aspect):
   skew = jnp.exp(log_aspects / 2)
   sides = jnp.sqrt(areas)[:, None] * jnp.stack([1 / skew, skew], axis=-1)
   sizes = jnp.round(sides).astype(jnp.int32)
-  fits = jnp.all(sizes <= shape, axis=-1)
+  fits = jnp.all((sizes > 0) & (sizes <= shape), axis=-1)
   size = jnp.where(jnp.any(fits), sizes[jnp.argmax(fits)], shape)
   return _below(shape - size + 1, u_corner), size
 

@@ -104,8 +104,8 @@ class Encoded:
   """Encoded images, which are decoded, cropped and resized batch by batch.
 
   Args:
-    examples: Bytes of a file, or pixels from a cache, under 'image', and a
-      number under 'label'.
+    examples: Bytes of a file, or pixels from a cache, under 'image', a number
+      under 'label', and perhaps the file's name under 'path'.
     indices: Which of `examples` belong to this source, in order.
     image_size: Height and width of the images in a batch.
     channels: 1 or 3.
@@ -147,9 +147,15 @@ class Encoded:
         rng = (
           None if seed is None else np.random.default_rng([*seed, first + i])
         )
-        image_decoding.decode_into(
-          images[i], example['image'], rng, self.crop, self.center_crop
-        )
+        try:
+          image_decoding.decode_into(
+            images[i], example['image'], rng, self.crop, self.center_crop
+          )
+        except ValueError as error:
+          where = example.get('path', f'example {self.indices[index]}')
+          raise errors.UserError(
+            f'config.data.dir: {where}: {error}'
+          ) from error
         labels[i] = example['label']
       else:
         images[i] = 0
@@ -180,6 +186,7 @@ class Dataset:
     test: Name of the split to test on.
     cache: Directory of the cache of decoded training images, if any.
     cache_side: Shorter side of the images there, in pixels.
+    folder: Directory of an image folder; other folders have other caches.
   """
 
   name: str
@@ -194,6 +201,7 @@ class Dataset:
   test: str
   cache: str | None = None
   cache_side: int = 256
+  folder: str | None = None
 
   @property
   def num_classes(self) -> int:
@@ -215,7 +223,7 @@ class Dataset:
     if name == 'test':
       return self.open_split(self.test)
     source = self.open_split('train')
-    # The share as it is written: 0.1 as a float is a little more than a tenth.
+    # Exactly the decimal that was written: the float 0.1 is more than a tenth.
     share = 1 - fractions.Fraction(str(self.heldout))
     end = round(share * len(source))
     bounds = {'train': (0, end), 'heldout': (end, len(source))}
@@ -245,6 +253,7 @@ class Dataset:
       )
     count = len(source)
     facts = [self.contents, count, self.cache_side, source.channels]
+    facts += [self.folder] if self.folder else []
     crc32 = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
     images = image_cache.open_cache(
       pathlib.Path(self.cache) / f'{self.name}-{crc32:08x}',
@@ -397,7 +406,11 @@ class _Files(Sequence):
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     path, label = self.files[index]
-    return {'image': epath.Path(path).read_bytes(), 'label': label}
+    return {
+      'image': epath.Path(path).read_bytes(),
+      'label': label,
+      'path': path,
+    }
 
 
 def _open_folder(
@@ -449,6 +462,12 @@ def _open_folder(
     )
 
   shown = {'train': listed('train'), settings.test: listed(settings.test)}
+  for split, files in shown.items():
+    if not files:
+      raise errors.UserError(
+        f'config.data.dir: wanted images ({" ".join(IMAGE_SUFFIXES)}) in '
+        f'{root / split}/<class>, found none'
+      )
   names = ''.join(
     str(epath.Path(path).relative_to(root)) + '\n'
     for files in shown.values()
@@ -470,6 +489,7 @@ def _open_folder(
     test=settings.test,
     cache=settings.cache,
     cache_side=settings.cache_side,
+    folder=str(root),
   )
 
 
@@ -485,6 +505,12 @@ def _prepared_builder(settings: config_lib.Data) -> 'tfds.core.DatasetBuilder':
       name, data_dir=settings.dir, file_format='array_record'
     )
   except (ValueError, AssertionError) as error:  # A wrong name or a wrong path.
+    if 'File format' in str(error):
+      raise errors.UserError(
+        f'config.data.dir: wanted {name} in the format array_record, found it '
+        f'in another; run `tfds build {name} --file_format=array_record '
+        '--data_dir=DIR` with another DIR and set config.data.dir to it'
+      ) from error
     close = re.search(r'Did you mean: .* -> (\S+)', str(error))
     raise errors.UserError(
       f'config.data.name: wanted the name of a TFDS data set, '

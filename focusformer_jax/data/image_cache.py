@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import pathlib
+import secrets
 import shutil
 from typing import Any
 
@@ -87,12 +88,19 @@ def open_cache(
   if not home.exists():
 
     def decode(i: int) -> tuple[UInt8[np.ndarray, 'height width C'], int]:
-      example = read(i)
-      pixels = image_decoding.decode_whole(example['image'], channels, side)
+      try:
+        example = read(i)
+      except OSError as error:
+        raise errors.UserError(f'config.data.dir: {error}') from error
+      try:
+        pixels = image_decoding.decode_whole(example['image'], channels, side)
+      except ValueError as error:
+        where = example.get('path', f'training image {i}')
+        raise errors.UserError(f'config.data.dir: {where}: {error}') from error
       return pixels.reshape(*pixels.shape[:2], channels), example['label']
 
     # Another run may write the same cache at the same time.
-    part = home.with_name(f'.{home.name}.{os.getpid()}')
+    part = home.with_name(f'.{home.name}.{secrets.token_hex(4)}')
     try:
       home.parent.mkdir(parents=True, exist_ok=True)
       _refuse_short_disk(home.parent, count, decode)
@@ -102,7 +110,7 @@ def open_cache(
     except OSError as error:
       if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
         raise errors.UserError(
-          f'config.data.cache: wanted to write {home}, found {error.strerror}'
+          f'config.data.cache: wanted to write {home}, found {error}'
         ) from error
     finally:
       shutil.rmtree(part, ignore_errors=True)

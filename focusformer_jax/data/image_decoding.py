@@ -13,7 +13,6 @@ from etils import epy
 from jaxtyping import UInt8
 import numpy as np
 
-from focusformer_jax import errors
 from focusformer_jax.data import augment
 
 
@@ -84,7 +83,7 @@ def _decode_jpeg(
 
   Returns:
     Pixels, which the next call from the same thread may overwrite; None for
-    the few files that bend the rules.
+    the few files that simplejpeg refuses.
   """
   height, width = -(-height // shrink), -(-width // shrink)
   try:
@@ -110,9 +109,9 @@ def _decode(encoded: bytes, channels: int) -> np.ndarray:
     np.frombuffer(encoded, np.uint8), colors | cv2.IMREAD_IGNORE_ORIENTATION
   )
   if pixels is None:
-    raise errors.UserError(
-      f'config.data: wanted an image, found {len(encoded):,} bytes that are '
-      'none or a part of one'
+    raise ValueError(
+      f'wanted an image, found {len(encoded):,} bytes that are not one, or '
+      'only a part of one'
     )
   return pixels
 
@@ -136,7 +135,7 @@ def decode_whole(
     side: Length to which a longer shorter side is shrunk, in pixels.
 
   Raises:
-    UserError: The bytes are not an image.
+    ValueError: The bytes are not an image.
   """
   pixels = None
   try:
@@ -176,7 +175,7 @@ def decode_into(
     center: Share of the shorter side in the center box.
 
   Raises:
-    UserError: The bytes are not an image.
+    ValueError: The bytes are not an image.
   """
   size, _, channels = image.shape
   pixels = encoded if isinstance(encoded, np.ndarray) else None

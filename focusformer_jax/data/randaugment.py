@@ -226,10 +226,10 @@ def apply_op(
   """The image after one of `Op`; values are Pillow's, give or take one.
 
   Args:
-    op: may be traced.
-    strength: from -1 to 1.
-    fill_C: value for what lies outside of the image.
-    image_HWC: one image of one channel or three.
+    op: Member of `Op`; may be traced.
+    strength: Signed strength, from -1 to 1.
+    fill_C: Value of what lies outside the image.
+    image_HWC: Image of one channel or three.
   """
   branches = [
     lambda image: image,

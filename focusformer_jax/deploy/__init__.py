@@ -1,4 +1,4 @@
-"""What a found network is for: retraining, export, and measured latency.
+"""After the search: retraining, export, and measured latency.
 
 May import `search`, `training` and everything below them.
 """

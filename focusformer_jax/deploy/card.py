@@ -9,11 +9,25 @@ from etils import epath
 import jax
 import yaml
 
+from focusformer_jax import config as config_lib
+from focusformer_jax.data import datasets
 from focusformer_jax.models import timm
 from focusformer_jax.models import vit
 from focusformer_jax.training import experiment as experiment_lib
 
 NAME = 'README.md'
+
+# Keys whose values are paths.
+PATHS = (
+  'data.dir',
+  'data.cache',
+  'train.initial',
+  'distillation.teacher',
+  'sampler.latency',
+  'extract.architecture',
+  'export.onnxruntime_web',
+  'retrain.network',
+)
 
 
 class Count(NamedTuple):
@@ -133,11 +147,21 @@ def text(
     '## Configuration',
     '',
     '```json',
-    json.dumps(dataclasses.asdict(settings), indent=2),
+    json.dumps(_without_paths(settings), indent=2),
     '```',
     '',
   ]
   return '\n'.join(lines)
+
+
+def _without_paths(settings: config_lib.Settings) -> dict[str, Any]:
+  """The configuration without places on this machine: a card is published."""
+  values = dataclasses.asdict(settings)
+  for path in PATHS:
+    section, name = path.split('.')
+    if values[section][name]:
+      values[section][name] = epath.Path(values[section][name]).name
+  return values
 
 
 def _metadata(
@@ -158,7 +182,7 @@ def _metadata(
       'pytorch',
       *(['onnx'] if has_onnx else []),
     ],
-    'datasets': [data.name],
+    **({} if data.name == datasets.IMAGE_FOLDER else {'datasets': [data.name]}),
   }
   if not classes:
     return front

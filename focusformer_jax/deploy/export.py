@@ -40,7 +40,7 @@ ARTIFACT = 'model.jax_export'
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 ONNX = 'model.onnx'
 INT8_ONNX = 'model_int8.onnx'
-# They write these files and read them.
+# Packages that write ONNX files and check them.
 ONNX_PACKAGES = ('onnx', 'onnxruntime')
 # Largest deviation from the logits of the network in memory, as a share of the
 # largest of those.

@@ -72,9 +72,9 @@ def fit(
   times tell the sum of a layer's halves alone, the cheapest halves are equal.
 
   Args:
-    space: of the architectures.
-    archs: whose networks were timed; at least two depths of each width.
-    microseconds_T: what each took.
+    space: Space of the architectures.
+    archs: Timed architectures; at least two depths of each width.
+    microseconds_T: Measured time of each.
 
   Returns:
     Whole microseconds: stem int64[E], attention int64[E,H], mlp int64[E,R].

@@ -240,8 +240,8 @@ def build(
     geometry: The network's. Without classes, the output is `features` (B, D).
     pool: The network's.
     head_dim: Channels of an attention head.
-    mean: Of each channel, or of all, where white is 1.
-    std: Standard deviation, in the same way.
+    mean: Mean of each channel, or one for all, where white is 1.
+    std: Standard deviation, in the same form.
 
   Raises:
     onnx.checker.ValidationError: The model is not valid.

@@ -78,7 +78,7 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
   """Trains `config.retrain.network`, or `subnet/` of `workdir`, to the end.
 
   It continues from the newest checkpoint in `retrain/checkpoints/` if there is
-  one. It writes `retrain/network/`, as `vit.save` does, and
+  one. It writes `retrain/network/`, for `networks.load`, and
   `retrain/results.json`.
 
   Args:

@@ -7,7 +7,7 @@ are further features of plain attention: [q, near] . [k, coordinates] is the
 logit of a pair, and attention over [v, coordinates] gives, beside the output,
 the attention summed per row and per column.
 
-Letters: `B` batch, `N` tokens, `H` heads, `K` head dim, `G` features of
+Letters: `B` batch, `N` tokens, `H` heads, `K` head dim, `R` features of
 position, which are one-hot for keys and values.
 """
 
@@ -211,12 +211,13 @@ def _call(kernel, interpret, live_B, images, coordinates_NR, gradients=()):
   """Runs a kernel on each image with its heads side by side.
 
   Args:
-    kernel: takes heads, scale, `live_B` and refs: operands, then results.
-    interpret: run on any platform.
-    live_B: heads to compute.
-    images: q, near, k and v.
-    coordinates_NR: as `einsum`'s.
-    gradients: of the two results; then the results are those of `images`.
+    kernel: Function of heads, scale, `live_B` and refs: operands, then results.
+    interpret: Whether to run on any platform.
+    live_B: Number of heads to compute for each image.
+    images: Arrays q, near, k and v.
+    coordinates_NR: Row and column of each token, as in `einsum`.
+    gradients: Gradients of the two results. With them, the results are the
+      gradients of `images`.
   """
   B, N, H, K = images[0].shape
 

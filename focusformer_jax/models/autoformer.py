@@ -149,9 +149,25 @@ def to_autoformer(network: Network) -> dict[str, np.ndarray]:
   AutoFormer's model must be built with these.
 
   Raises:
-    ValueError: The supernet has norms by width, which AutoFormer has no names
-      for; its subnets have none.
+    ValueError: AutoFormer has no names for a part of the network, such as norms
+      by width, or lacks one that it needs, such as relative positions.
   """
+  geometry = network.geometry
+  for key, fits, found in (
+    ('class_token', geometry.class_token, geometry.class_token),
+    ('registers', not geometry.registers, geometry.registers),
+    (
+      'max_relative_position',
+      geometry.max_relative_position > 0,
+      geometry.max_relative_position,
+    ),
+    ('head', geometry.num_classes > 0, geometry.num_classes > 0),
+    ('pool', network.head.pool != 'fc_norm', network.head.pool),
+  ):
+    if not fits:
+      raise ValueError(
+        f"supernet.{key}: AutoFormer's networks cannot have {found!r}"
+      )
   if layers.count_widths(network):
     raise ValueError(
       "supernet.norms_by_width: wanted False for AutoFormer's names, found "

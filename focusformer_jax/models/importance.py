@@ -7,7 +7,8 @@ function under any permutation of its features (one for the whole network), of
 the heads of a layer and of the hidden units of an MLP. Layers keep their places
 and get ranks instead.
 
-Letters: `B` batch, `D` width, `H` heads, `F` MLP width, `L` layers.
+Letters: `B` batch, `D` width, `H` heads, `F` MLP width, `L` layers, `C` classes
+or features.
 """
 
 from typing import NamedTuple

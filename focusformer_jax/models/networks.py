@@ -1,4 +1,4 @@
-"""Standalone networks of any kind: how a directory of one is written and read.
+"""Standalone networks of any kind: saving one to a directory, and loading it.
 
 A vision transformer is what `vit.save` writes; a convolutional network, which
 only teaches, has the same two files.

@@ -12,7 +12,8 @@ without changing a result: LayerScale is folded into the projection before it,
 and the position embeddings of registers into the registers.
 
 Letters: `D` width, `H` heads, `K` head dim, `F` MLP width, `P` patch size, `I`
-channels of an image, `C` classes, `T` rows of the position embedding.
+channels of an image, `C` classes, `R` registers, `T` rows of the position
+embedding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -328,8 +329,8 @@ def _heads(width: int, num_heads: int | None) -> int:
   if num_heads is None:
     if width % HEAD_DIM:
       raise ValueError(
-        f'num_heads: wanted their number, as the width {width} is no multiple '
-        f'of {HEAD_DIM}, found None'
+        f'num_heads: wanted their number, as the width {width} is not a '
+        f'multiple of {HEAD_DIM}, found None'
       )
     return width // HEAD_DIM
   if num_heads < 1 or width % num_heads:

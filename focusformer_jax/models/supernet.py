@@ -35,7 +35,7 @@ from focusformer_jax.spaces import search_space
 EXECUTIONS = ('masked', 'switched')
 
 # What `config.supernet.remat` keeps from the forward pass of a branch.
-KEPT = {
+REMAT_POLICIES = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.save_only_these_names(layers.KEPT),
   'none': jax.checkpoint_policies.everything_saveable,
@@ -51,20 +51,20 @@ class Supernet(nnx.Module):
   """Stem, stacked blocks and head in their largest sizes.
 
   Args:
-    space: the choices.
-    geometry: images and classes.
-    pool: as `layers.Head` takes it.
-    drop_path: probability that the last layer's branches are dropped for an
+    space: Choices of the subnets.
+    geometry: Sizes of images and number of classes.
+    pool: Pooling of the tokens, one of `layers.POOLS`.
+    drop_path: Probability of dropping a branch of the last layer for an
       example; layer i of L drops with probability linspace(0, drop_path, L)[i].
-    dtype: of the computation; parameters stay float32.
+    dtype: Type of the computation; parameters stay float32.
     execution: 'masked' or 'switched'.
-    attention: a name of `attention.IMPLEMENTATIONS`.
-    remat: a name of `KEPT`; a switched branch is always computed again.
-    init_std: of the normal distribution that all matrices, tables, positions
-      and the class token start from; the reference's is 0.02.
-    norms_by_width: whether each width has norms of its own, see
+    attention: Key of `attention.IMPLEMENTATIONS`.
+    remat: Key of `REMAT_POLICIES`; a switched branch is always recomputed.
+    init_std: Standard deviation of the initial matrices, tables, positions and
+      class token; 0.02 in the reference.
+    norms_by_width: Whether each width has norms of its own, see
       `layers.by_width`.
-    rngs: seeds of the initial parameters.
+    rngs: Random streams for the initial parameters.
   """
 
   def __init__(
@@ -259,7 +259,7 @@ class Supernet(nnx.Module):
     mask_D = layers.prefix_mask(by_example(width), x_BND.shape[-1])
 
     @functools.partial(
-      jax.checkpoint, prevent_cse=False, policy=KEPT[self.remat]
+      jax.checkpoint, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
     )
     def run(branch, x, live):
       norm, part = branch

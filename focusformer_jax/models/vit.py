@@ -27,7 +27,7 @@ with epy.lazy_imports():
   import safetensors.numpy
 
 WEIGHTS = 'model.safetensors'
-# The same as `int8.quantize` makes them.
+# The same weights, quantized by `int8.quantize`.
 INT8_WEIGHTS = 'model_int8.safetensors'
 DESCRIPTION = 'architecture.json'
 

@@ -102,6 +102,8 @@ def search(
   }
   policy = learned(experiment, evaluator, state)
   if jax.process_index() == 0:
+    # So that a kill in between leaves no results beside another search's files.
+    (workdir / 'results.json').unlink(missing_ok=True)
     for path, value in (
       (workdir / 'search' / 'timing.json', timing),
       (workdir / 'search' / 'policy.json', policy),

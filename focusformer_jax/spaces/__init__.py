@@ -1,6 +1,6 @@
 """Search spaces, architectures, and additive costs of a subnet.
 
-Imports nothing of this project but `errors` and `atomic_files`.
+May import `errors`, `atomic_files` and `schema` alone.
 """
 
 from focusformer_jax.spaces.cost import CostTable

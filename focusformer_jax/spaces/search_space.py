@@ -1,6 +1,7 @@
 """The search space: which subnets a supernet holds, and how one is named.
 
-Letters: `L` layers of the supernet.
+Letters: `A` architectures, `L` layers of the supernet, `E` embed choices, `R`
+ratio choices.
 """
 
 from collections.abc import Sequence
@@ -177,7 +178,7 @@ class SearchSpace(schema.Section):
         f'layer_order: wanted the ranks {ranks} in any order, found '
         f'{self.layer_order}'
       )
-    if list(self.layer_order) == ranks:  # There is one way to say it.
+    if list(self.layer_order) == ranks:  # One form for one order.
       object.__setattr__(self, 'layer_order', ())
 
   @property
@@ -267,7 +268,7 @@ class SearchSpace(schema.Section):
     """Draws every choice uniformly and independently, as AutoFormer does.
 
     Costs of such draws pile up in the middle of the range; see
-    `policy.uniform_within` for draws that are uniform over architectures.
+    `conditional.uniform_within` for draws that are uniform over architectures.
     """
     shapes = Architecture((), (), (self.num_layers,), (self.num_layers,))
     draws = [
@@ -288,10 +289,10 @@ class SearchSpace(schema.Section):
     """Redraws some choices of a batch uniformly, on the host.
 
     Args:
-      rng: of the draws.
-      archs: a batch.
-      net: probability that the depth is redrawn, and that the width is.
-      layer: the same for each other choice of a live layer. Layers that a
+      rng: Random generator for the draws.
+      archs: Batch of architectures.
+      net: Probability of redrawing the depth, and of redrawing the width.
+      layer: Probability of redrawing each choice of a live layer. Layers that a
         greater depth brings to life are always drawn.
     """
     per_layer = np.where(self.live_layers(archs.depth, np), layer, 1.0)
@@ -317,12 +318,12 @@ class SearchSpace(schema.Section):
   ) -> Architecture:
     """Takes each choice from one of two parents, evenly, on the host.
 
-    What only one of them has, the choices of its last layers, is that one's.
+    Layers that only the deeper parent has are copied from it.
 
     Args:
-      rng: of the draws.
-      ones: a batch.
-      others: as many.
+      rng: Random generator for the draws.
+      ones: Batch of first parents.
+      others: Batch of second parents, of the same size.
     """
     alive = self.live_layers(ones.depth, np)
     others_alive = self.live_layers(others.depth, np)

@@ -435,6 +435,12 @@ def create(settings: config_lib.Settings, devices=None) -> Experiment:
       datasets.prepare(settings.data)
     checkpoint.wait_for_all(f'{settings.data.name} is prepared by {turn}')
   dataset = datasets.open_dataset(settings.data, settings.augment.resized_crop)
+  mean = settings.augment.mean
+  if len(mean) not in (1, dataset.channels):
+    raise errors.UserError(
+      f'config.augment.mean: wanted one number or one for each of the '
+      f'{dataset.channels} channels of {dataset.name}, found {mean}'
+    )
   experiment = Experiment(settings, dataset, mesh)
   bins = experiment.cost_bins
   wanted = [('search.budgets', b) for b in settings.search.budgets]

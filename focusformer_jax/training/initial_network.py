@@ -52,10 +52,19 @@ def settle(
       'config.train.initial: wanted a pretrained network for '
       'config.distillation.teacher=initial, found none'
     )
-  if not initial or epath.Path(initial) == home:
+  if not initial:
+    if not settings.supernet.head:
+      raise errors.UserError(
+        'config.supernet.head: wanted True without a network in '
+        'config.train.initial, found False'
+      )
+    _check_teaching(settings)
+    return settings
+  if epath.Path(initial) == home:
     return settings
   if not (home / vit.DESCRIPTION).exists():
     if (workdir / train.CHECKPOINTS).exists():
+      _check_start(settings, workdir)
       return settings  # It started from AutoFormer's weights.
     network = _read(settings)
     if network is None:
@@ -72,6 +81,19 @@ def settle(
   _check_teaching(settings)
   train_settings = dataclasses.replace(settings.train, initial=str(home))
   return dataclasses.replace(settings, train=train_settings)
+
+
+def _check_start(settings: config_lib.Settings, workdir: epath.Path) -> None:
+  """Checks that a run that started without a directory had the same weights."""
+  path, wanted = workdir / 'config.json', settings.train.initial
+  if not path.exists():
+    return
+  found = atomic_files.read_json(path).get('train', {}).get('initial')
+  if found != wanted:
+    raise errors.UserError(
+      f'config.train.initial: wanted {found!r}, with which {workdir} started, '
+      f'found {wanted!r}; use another --workdir'
+    )
 
 
 def _facts(settings: config_lib.Settings) -> dict[str, Any]:

@@ -117,6 +117,7 @@ async function update() {
   showBudget();
   if (!input) return;
   const mine = ++round, chosen = Number(get('budget').value);
+  get('problem').textContent = '';
   try {
     const answer = await networks.classify(chosen, input);
     if (mine !== round) return;
@@ -226,7 +227,7 @@ function fill() {
     button.title = label;
     button.append(image);
     button.addEventListener('click', async () => {
-      show(await (await fetch(file)).blob());
+      read(await (await fetch(file)).blob());
     });
     return button;
   }));
