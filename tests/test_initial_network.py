@@ -193,8 +193,8 @@ def without(state_dict, name):
     (
       lambda s: s,
       {'pretrained__num_heads': None},
-      'config.pretrained.num_heads: wanted their number, as the width 16 is not '
-      'a multiple of 64, found None',
+      'config.pretrained.num_heads: wanted their number, as the width 16 is '
+      'not a multiple of 64, found None',
     ),
     (
       lambda s: s,
