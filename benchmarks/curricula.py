@@ -17,9 +17,11 @@ multiply-adds. Prints tables, and draws a plot beside the JSON.
 `train.steps` are those of the uniform curriculum. The numbers of steps are
 chosen for equal multiply-adds, including scores on held-out images. The table
 has the actual numbers; where they differ by over 2%, the program prints the
-number of steps that would be equal. The workdir keeps all runs, and a repeated
-command resumes. `--only` selects curricula or ablations. `curricula_jobs.py`
-has all names.
+number of steps that would be equal. Hypervolume is the dominated share of the
+plane of test accuracy and the logarithm of MACs, for the answers alone and with
+the smallest and the largest subnet, which every search reports, among them. The
+workdir keeps all runs, and a repeated command resumes. `--only` selects
+curricula or ablations. `curricula_jobs.py` has all names.
 """
 
 import argparse
@@ -97,21 +99,30 @@ def mean_and_error(values: list[float]) -> dict[str, float | None]:
 def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
   """Means over one curriculum's seeds for the networks of one method."""
   rows = [jobs.rows_of(run, method) for run in runs]
+  ends = [
+    [r for r in run['rows'] if r['method'] in tables.ENDS] for run in runs
+  ]
+  with_ends = [own + other for own, other in zip(rows, ends, strict=True)]
   return (
     {
       'method': method,
       'steps': runs[0]['steps'],
       'gigamacs': float(np.mean([run['gigamacs'] for run in runs])),
-      'hypervolume': mean_and_error(
+    }
+    | {
+      name: mean_and_error(
         [
           hypervolume(
             [r['macs'] for r in of_run],
             [r['test_accuracy'] for r in of_run],
             *run['range'],
           )
-          for run, of_run in zip(runs, rows, strict=True)
+          for run, of_run in zip(runs, shown, strict=True)
         ]
-      ),
+      )
+      for name, shown in zip(tables.VOLUMES, (rows, with_ends), strict=True)
+    }
+    | {
       'budgets': [row['budget'] for row in rows[0]],
       'test_accuracy': [
         mean_and_error([row['test_accuracy'] for row in at_budget])

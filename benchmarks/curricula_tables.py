@@ -12,6 +12,12 @@ from matplotlib import pyplot as plt
 # Subnets that every search scores beside its answers.
 ENDS = ('smallest', 'largest')
 
+# Hypervolumes of the answers alone, and with the ends among them.
+VOLUMES = {
+  'hypervolume': 'hypervolume',
+  'hypervolume_with_ends': 'hypervolume with ends',
+}
+
 # Suffix of rows whose networks are the best of random draws.
 RANDOM = ', random draws'
 
@@ -42,13 +48,13 @@ def leads(summaries: dict[str, Summary], name: str) -> str:
   """Markdown table of one curriculum's lead over each of the others."""
   ours = summaries[name]
   heading = [f'{name} against', *(f'{b / 1e6:.2f}M' for b in ours['budgets'])]
-  heading += ['hypervolume']
+  heading += VOLUMES.values()
   lines = [heading, ['---'] * len(heading)]
   for other, found in summaries.items():
     if other != name:
       pairs = zip(ours['test_accuracy'], found['test_accuracy'], strict=True)
       cells = [lead(*pair, scale=100) for pair in pairs]
-      cells.append(lead(ours['hypervolume'], found['hypervolume'], scale=1))
+      cells += [lead(ours[name], found[name], scale=1) for name in VOLUMES]
       lines.append([other, *cells])
   return markdown(lines)
 
@@ -61,7 +67,7 @@ def table(summaries: dict[str, Summary]) -> str:
   """Markdown table: accuracies in percent, mean ± standard error."""
   budgets = next(iter(summaries.values()))['budgets']
   heading = ['curriculum', 'proposes', *(f'{b / 1e6:.2f}M' for b in budgets)]
-  heading += [*ENDS, 'hypervolume', 'evaluations', 'seconds', 'TMACs']
+  heading += [*ENDS, *VOLUMES.values(), 'evaluations', 'seconds', 'TMACs']
   lines = [heading, ['---'] * len(heading)]
   for name, found in summaries.items():
     accuracies = [*found['test_accuracy'], *(found[end] for end in ENDS)]
@@ -70,7 +76,7 @@ def table(summaries: dict[str, Summary]) -> str:
         name,
         found['method'],
         *(with_error(accuracy, 100, 1) for accuracy in accuracies),
-        with_error(found['hypervolume'], 1, 4),
+        *(with_error(found[name], 1, 4) for name in VOLUMES),
         f'{found["evaluations"]:,}',
         f'{found["seconds"]:.3g}',
         f'{found["gigamacs"] / 1e3:.2f}',
