@@ -231,7 +231,7 @@ def test_files_that_do_not_fit_are_refused_in_one_line(
 def test_run_that_started_from_other_weights_is_not_resumed(tfds_dir, trained):
   settings = smoke_settings(tfds_dir, train__initial='vit.safetensors')
   with pytest.raises(
-    errors.UserError, match=r"config\.train\.initial: wanted '', with which"
+    errors.UserError, match=r'config\.train\.initial: wanted no file, as'
   ):
     initial_network.settle(settings, epath.Path(trained))
 

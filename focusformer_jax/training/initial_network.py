@@ -91,8 +91,8 @@ def _check_start(settings: config_lib.Settings, workdir: epath.Path) -> None:
   found = atomic_files.read_json(path).get('train', {}).get('initial')
   if found != wanted:
     raise errors.UserError(
-      f'config.train.initial: wanted {found!r}, with which {workdir} started, '
-      f'found {wanted!r}; use another --workdir'
+      f'config.train.initial: wanted {found or "no file"}, as {workdir} '
+      f'started, found {wanted}; use another --workdir'
     )
 
 
