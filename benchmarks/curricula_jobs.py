@@ -161,6 +161,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, largest 0.1': {'share': 1.19, 'curriculum.largest': 0.1},
   'focus, decay': {'curriculum.decay': (1.5, 0.5)},
   'focus, target entropy': {
+    'share': 1.19,
     'sampler.target_entropy': 0.6,
     'sampler.final_target_entropy': 0.25,
   },
