@@ -40,6 +40,7 @@ from etils import epath
 import jax
 import numpy as np
 from pymoo.indicators import hv
+from scipy import stats
 
 from benchmarks import curricula_alone as alone
 from benchmarks import curricula_jobs as jobs
@@ -90,9 +91,7 @@ def hypervolume(macs, accuracies, low: int, high: int) -> float:
 
 def mean_and_error(values: list[float]) -> dict[str, float | None]:
   """Mean and its standard error, which is None for a single value."""
-  error = None
-  if len(values) > 1:
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+  error = float(stats.sem(values)) if len(values) > 1 else None
   return {'mean': float(np.mean(values)), 'standard_error': error}
 
 
@@ -103,26 +102,26 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
     [r for r in run['rows'] if r['method'] in tables.ENDS] for run in runs
   ]
   with_ends = [own + other for own, other in zip(rows, ends, strict=True)]
+
+  def volume(shown: list[list[dict[str, Any]]]) -> dict[str, float | None]:
+    return mean_and_error(
+      [
+        hypervolume(
+          [row['macs'] for row in of_run],
+          [row['test_accuracy'] for row in of_run],
+          *run['range'],
+        )
+        for run, of_run in zip(runs, shown, strict=True)
+      ]
+    )
+
   return (
     {
       'method': method,
       'steps': runs[0]['steps'],
       'gigamacs': float(np.mean([run['gigamacs'] for run in runs])),
-    }
-    | {
-      name: mean_and_error(
-        [
-          hypervolume(
-            [r['macs'] for r in of_run],
-            [r['test_accuracy'] for r in of_run],
-            *run['range'],
-          )
-          for run, of_run in zip(runs, shown, strict=True)
-        ]
-      )
-      for name, shown in zip(tables.VOLUMES, (rows, with_ends), strict=True)
-    }
-    | {
+      'hypervolume': volume(rows),
+      'hypervolume_with_ends': volume(with_ends),
       'budgets': [row['budget'] for row in rows[0]],
       'test_accuracy': [
         mean_and_error([row['test_accuracy'] for row in at_budget])

@@ -54,7 +54,7 @@ def leads(summaries: dict[str, Summary], name: str) -> str:
     if other != name:
       pairs = zip(ours['test_accuracy'], found['test_accuracy'], strict=True)
       cells = [lead(*pair, scale=100) for pair in pairs]
-      cells += [lead(ours[name], found[name], scale=1) for name in VOLUMES]
+      cells += [lead(ours[key], found[key], scale=1) for key in VOLUMES]
       lines.append([other, *cells])
   return markdown(lines)
 
@@ -76,7 +76,7 @@ def table(summaries: dict[str, Summary]) -> str:
         name,
         found['method'],
         *(with_error(accuracy, 100, 1) for accuracy in accuracies),
-        *(with_error(found[name], 1, 4) for name in VOLUMES),
+        *(with_error(found[key], 1, 4) for key in VOLUMES),
         f'{found["evaluations"]:,}',
         f'{found["seconds"]:.3g}',
         f'{found["gigamacs"] / 1e3:.2f}',

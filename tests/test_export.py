@@ -161,6 +161,7 @@ def test_exported_directory_has_a_model_card(job):
   assert '| checkpoint | step 3 of 3 |' in card
   for path in job.directory.glob('*'):
     assert path.name == 'README.md' or f'`{path.name}`' in card
+  assert job.settings.data.dir not in card  # It is made to be published.
   assert json.loads((job.directory / 'preprocessing.json').read_text())[
     'classes'
   ] == [str(digit) for digit in range(10)]
