@@ -89,7 +89,7 @@ def _show_our_lines() -> None:
   python_logging.captureWarnings(True)
   if flags.FLAGS['verbosity'].using_default_value:
     logging.set_verbosity(logging.INFO)
-  package = os.path.dirname(stages.__file__)
+  ours = os.path.dirname(stages.__file__), __file__
   rest = python_logging.INFO
   if logging.get_verbosity() < logging.DEBUG:
     # What goes wrong in a library is an error of ours, in one line.
@@ -99,7 +99,7 @@ def _show_our_lines() -> None:
     os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   handler.addFilter(
-    lambda record: record.pathname.startswith(package) or record.levelno >= rest
+    lambda record: record.pathname.startswith(ours) or record.levelno >= rest
   )
 
 
