@@ -46,6 +46,7 @@ from benchmarks import curricula_alone as alone
 from benchmarks import curricula_jobs as jobs
 from benchmarks import curricula_tables as tables
 from focusformer_jax import config as config_lib
+from focusformer_jax import errors
 from focusformer_jax import stages
 from focusformer_jax.deploy import retrain
 from focusformer_jax.training import experiment as experiment_lib
@@ -223,9 +224,10 @@ def main():
 
   # All curricula of one seed run first, so that early results can be compared.
   runs = {name: [] for name in args.only}
+  total = args.seeds * len(args.only)
   for seed in range(args.seeds):
-    for name in args.only:
-      print(f'{name}, seed {seed}', flush=True)
+    for number, name in enumerate(args.only, seed * len(args.only) + 1):
+      print(f'run {number} of {total}: {name}, seed {seed}', flush=True)
       folder = jobs.folder_of(args.workdir, args.job, name, seed)
       settings = jobs.settings_of(args.job, name, seed)
       if settings.distillation.teacher == jobs.CNN:
@@ -260,4 +262,7 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  try:
+    main()
+  except errors.UserError as error:
+    sys.exit(f'error: {error}')

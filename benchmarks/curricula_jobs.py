@@ -82,7 +82,7 @@ def find_job(name: str) -> Job:
   """One of `JOBS`, or the job of a config file with an optional `:variant`.
 
   Raises:
-    argparse.ArgumentTypeError: There is neither.
+    argparse.ArgumentTypeError: There is neither, or the file has no config.
   """
   if name in JOBS:
     return JOBS[name]
@@ -91,7 +91,11 @@ def find_job(name: str) -> Job:
     raise argparse.ArgumentTypeError(
       f'wanted one of {", ".join(JOBS)} or a config file, found {name}'
     )
-  get_config = runpy.run_path(path)['get_config']
+  get_config = runpy.run_path(path).get('get_config')
+  if get_config is None:
+    raise argparse.ArgumentTypeError(
+      f'wanted a function get_config in {path}, found none'
+    )
   stem = f'{pathlib.Path(path).stem}_{variant}'.rstrip('_')
   return Job(stem, lambda: get_config(*([variant] if variant else [])))
 
