@@ -86,7 +86,7 @@ def table(summaries: dict[str, Summary]) -> str:
 
 
 def plot(summaries: dict[str, Summary], path: pathlib.Path, job: str):
-  """Plots test accuracy over budget, one line per curriculum."""
+  """Plots test accuracy over budget: one line per curriculum, ours solid."""
   figure, axes = plt.subplots(figsize=(7, 5), layout='constrained')
   for name, found in summaries.items():
     if name.endswith(RANDOM):
@@ -95,6 +95,7 @@ def plot(summaries: dict[str, Summary], path: pathlib.Path, job: str):
       found['budgets'],
       [100 * a['mean'] for a in found['test_accuracy']],
       [100 * (a['standard_error'] or 0) for a in found['test_accuracy']],
+      linestyle='-' if name.startswith('focus') else '--',
       marker='o',
       capsize=3,
       label=name,
