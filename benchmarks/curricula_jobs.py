@@ -161,7 +161,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   },
   # Ablations of focus:
   'focus, windows': {'sampler.window': 0.8},
-  'focus, strata': {'share': 1.3, 'curriculum.strata': True},
+  'focus, strata': {'share': 1.2, 'curriculum.strata': True},
   'focus, largest 0.1': {'share': 1.19, 'curriculum.largest': 0.1},
   'focus, decay': {'curriculum.decay': (1.5, 0.5)},
   'focus, target entropy': {
