@@ -68,9 +68,10 @@ def compare(
     For each variant a row per budget, with means over seeds of the test
     accuracy with inherited weights (`inherited`), trained alone for `updates`
     (`alone`), and trained alone with a sixth of the supernet's multiply-adds
-    (`alone_share`). `tau` is Kendall's tau of the first two in the supernet of
-    this variant, over the networks of all variants and budgets, averaged over
-    seeds; None for fewer than two.
+    (`alone_share`). `standard_error` is that of inherited minus alone over
+    seeds; None for one seed. `tau` is Kendall's tau of inherited and alone in
+    the supernet of this variant, over the networks of all variants and budgets,
+    averaged over seeds; None for fewer than two networks.
   """
   rows = {variant: [] for variant in runs}
   taus = {variant: [] for variant in runs}
@@ -124,12 +125,18 @@ def _means(rows: list[dict[str, Any]], tau: float) -> list[dict[str, Any]]:
   means = []
   for budget in sorted({row['budget'] for row in rows}):
     at_budget = [row for row in rows if row['budget'] == budget]
+    inherited = np.array([row['test_accuracy'] for row in at_budget])
+    alone = np.array([row['alone'] for row in at_budget])
+    several = len(at_budget) > 1
     means.append(
       {
         'budget': budget,
         'macs': float(np.mean([row['macs'] for row in at_budget])),
-        'inherited': float(np.mean([r['test_accuracy'] for r in at_budget])),
-        'alone': float(np.mean([row['alone'] for row in at_budget])),
+        'inherited': float(np.mean(inherited)),
+        'alone': float(np.mean(alone)),
+        'standard_error': (
+          float(stats.sem(inherited - alone)) if several else None
+        ),
         'alone_share': float(np.mean([r['alone_share'] for r in at_budget])),
         'tau': None if np.isnan(tau) else tau,
         'seeds': len(at_budget),

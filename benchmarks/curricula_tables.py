@@ -120,13 +120,16 @@ def alone_table(rows: list[dict[str, Any]]) -> str:
   lines = [heading, ['---'] * len(heading)]
   for row in rows:
     inherited, value = 100 * row['inherited'], 100 * row['alone']
+    difference = f'{inherited - value:+.1f}'
+    if row['standard_error'] is not None:
+      difference += f' ± {100 * row["standard_error"]:.1f}'
     lines.append(
       [
         f'{row["budget"] / 1e6:.2f}M',
         f'{row["macs"] / 1e6:.2f}M',
         f'{inherited:.1f}',
         f'{value:.1f}',
-        f'{inherited - value:+.1f}',
+        difference,
         f'{100 * row["alone_share"]:.1f}',
       ]
     )
