@@ -104,7 +104,7 @@ def export(
   """
   table, recipe = experiment.cost_bins.table, experiment.recipe
   name = experiment.settings.data.name.replace('/', '_')
-  directory = parent / f'{name}-{_short(table.of(arch))}-{table.name}'
+  directory = parent / f'{name}-{table.of(arch)}-{table.name}'
   network = vit.VisionTransformer(
     network.stem, list(network.blocks), network.head, network.geometry
   )
@@ -188,12 +188,6 @@ def _compare(
 def missing_onnx_packages() -> list[str]:
   """Packages of the extra `onnx` that are not installed."""
   return [p for p in ONNX_PACKAGES if not importlib.util.find_spec(p)]
-
-
-def _short(count: int) -> str:
-  """The number with four digits and a unit prefix, such as 1.416M."""
-  thousands = (len(str(count)) - 1) // 3
-  return f'{count / 1000**thousands:.4g}{" kMGTP"[thousands].strip()}'
 
 
 @functools.partial(jax.jit, static_argnums=0)
