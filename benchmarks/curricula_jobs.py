@@ -96,8 +96,9 @@ def find_job(name: str) -> Job:
     raise argparse.ArgumentTypeError(
       f'wanted a function get_config in {path}, found none'
     )
-  stem = f'{pathlib.Path(path).stem}_{variant}'.rstrip('_')
-  return Job(stem, lambda: get_config(*([variant] if variant else [])))
+  # `config` keeps its runs apart from those of a job in `JOBS`.
+  name = '_'.join(filter(None, ('config', pathlib.Path(path).stem, variant)))
+  return Job(name, lambda: get_config(*([variant] if variant else [])))
 
 
 # Stands for the directory of a trained CNN, which `curricula.py` fills in.

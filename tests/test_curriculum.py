@@ -300,3 +300,13 @@ def test_rows_of_the_benchmark_are_configs(job, variant):
   assert settings.curriculum.name == variant.partition(',')[0]
   asks_sampler = settings.search.method[0] == 'sampler'
   assert asks_sampler == (settings.curriculum.name == 'focus')
+
+
+def test_jobs_of_config_files_have_directories_of_their_own():
+  jobs = [
+    curricula_jobs.find_job(f'{ROOT}/configs/{name}')
+    for name in ('digits.py', 'digits.py:smoke', 'fashion_mnist.py')
+  ]
+  names = [job.name for job in jobs]
+  assert names[1] == 'config_digits_smoke'
+  assert len({*names, *curricula_jobs.JOBS}) == 3 + len(curricula_jobs.JOBS)
