@@ -128,7 +128,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'uniform, complexity-aware': {'curriculum.decay': (4.0, 0.25)},
   'sandwich': {'share': 0.27, 'distillation.loss': 'kl'},
   'sandwich, no distillation': {'share': 0.78},
-  'attentive': {'share': 0.51, 'curriculum.strata': True},
+  'attentive': {'share': 0.43, 'curriculum.strata': True},
   'shift': {'share': 0.865},
   'focus': {'share': 1.2},
   'uniform, CNN teacher': {'share': 0.775} | CNN_TEACHER,
@@ -161,7 +161,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'sampler.shrink': True,
   },
   # Ablations of focus, most with its share. The sampler decides what it trains,
-  # so their compute differs from that of focus by a few percent.
+  # so their compute is known only after they have run.
   'focus, windows': {'sampler.window': 0.8},
   'focus, strata': {'share': 1.2, 'curriculum.strata': True},
   'focus, largest 0.1': {'share': 1.19, 'curriculum.largest': 0.1},
@@ -172,7 +172,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'sampler.final_target_entropy': 0.25,
   },
   'focus, shrunk advantages': {'share': 1.2, 'sampler.shrink': True},
-  'focus, tilt 1': {'share': 1.15, 'curriculum.tilt': 1.0},
+  'focus, tilt 1': {'share': 0.85, 'curriculum.tilt': 1.0},
   'focus, warm-up 0.2': {'share': 1.2, 'curriculum.warmup': 0.2},
   'focus, epsilon 0.2 to 0': {'share': 1.2, 'curriculum.final_epsilon': 0.0},
   'focus, accuracy': {'share': 1.2, 'sampler.reward': 'accuracy'},
