@@ -128,7 +128,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'uniform, complexity-aware': {'curriculum.decay': (4.0, 0.25)},
   'sandwich': {'share': 0.27, 'distillation.loss': 'kl'},
   'sandwich, no distillation': {'share': 0.78},
-  'attentive': {'share': 0.43, 'curriculum.strata': True},
+  'attentive': {'share': 0.51, 'curriculum.strata': True},
   'shift': {'share': 0.865},
   'focus': {'share': 1.2},
   'uniform, CNN teacher': {'share': 0.775} | CNN_TEACHER,
@@ -137,6 +137,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, batches of 32': {'share': 4.8} | BATCHES_OF_32,
   # Larger answers:
   'focus, windows and strata': {'share': 1.004} | WINDOWS_AND_STRATA,
+  'focus, windows and strata, calibrated': (
+    {'share': 1.004, 'search.score': 'calibrated_loss'} | WINDOWS_AND_STRATA
+  ),
   'focus, windows and strata, batches of 32': (
     {'share': 4.016} | WINDOWS_AND_STRATA | BATCHES_OF_32
   ),
@@ -172,13 +175,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'sampler.final_target_entropy': 0.25,
   },
   'focus, shrunk advantages': {'share': 1.2, 'sampler.shrink': True},
-  'focus, tilt 1': {'share': 0.85, 'curriculum.tilt': 1.0},
+  'focus, tilt 1': {'share': 1.15, 'curriculum.tilt': 1.0},
   'focus, warm-up 0.2': {'share': 1.2, 'curriculum.warmup': 0.2},
   'focus, epsilon 0.2 to 0': {'share': 1.2, 'curriculum.final_epsilon': 0.0},
   'focus, accuracy': {'share': 1.2, 'sampler.reward': 'accuracy'},
-  'focus, MnasNet': {'share': 1.2, 'sampler.reward': 'mnasnet'},
+  'focus, MnasNet': {'share': 1.61, 'sampler.reward': 'mnasnet'},
   'focus, Pareto rank': {
-    'share': 1.2,
+    'share': 1.53,
     'sampler.reward': 'pareto',
     'sampler.budgets_per_update': 4,
     'sampler.every': 32,
@@ -191,7 +194,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, S=1': {'share': 1.2, 'curriculum.subnets': 1},
   'focus, S=8': {'share': 1.2, 'curriculum.subnets': 8},
   'focus, slow sampler': {'share': 1.2, 'sampler.learning_rate': 3e-3},
-  'focus, linear budgets': {'share': 0.8, 'sampler.budgets': 'linear'},
+  'focus, linear budgets': {'share': 1.13, 'sampler.budgets': 'linear'},
   'focus, distillation': {'share': 0.28, 'distillation.loss': 'kl'},
   'focus, untouched held': {'share': 1.2, 'optimizer.hold_untouched': True},
   'focus, average': {'share': 1.2, 'optimizer.ema': 0.998},

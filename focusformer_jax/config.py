@@ -705,6 +705,14 @@ class Search(schema.Section):
     'span the reachable range.',
     above=0,
   )
+  score: str = key(
+    'loss',
+    'What methods choose by, on held-out images: the `loss`, or the '
+    '`calibrated_loss`, at the temperature of the logits that fits each '
+    'network best. Long training makes large networks overconfident, which '
+    'the first counts against them.',
+    choices=('loss', 'calibrated_loss'),
+  )
   draws: int = key(
     0,
     '`sampler`: samples per budget that are evaluated beside the most probable '

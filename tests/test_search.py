@@ -26,10 +26,8 @@ class Known(score_cache.Scorer):
   def _score(self, split, archs):
     assert split == 'heldout'
     table = self.experiment.tables['macs']
-    return [
-      evaluate.Score(int(arch.embed_dim) - np.log(table.of(arch)), 0.5)
-      for arch in archs
-    ]
+    losses = [int(arch.embed_dim) - np.log(table.of(arch)) for arch in archs]
+    return [evaluate.Score(loss, 0.5, -loss) for loss in losses]
 
   def heldout(self, archs):
     archs = list(archs)
@@ -42,7 +40,8 @@ class Arbitrary(Known):
 
   def _score(self, split, archs):
     names = [self.name(arch).encode() for arch in archs]
-    return [evaluate.Score(zlib.crc32(name) / 2**32, 0.5) for name in names]
+    losses = [zlib.crc32(name) / 2**32 for name in names]
+    return [evaluate.Score(loss, 0.5, loss) for loss in losses]
 
 
 def with_opinions(state):
@@ -107,6 +106,24 @@ def test_evolution_breeds_within_the_budget(experiment, known, budgets):
   assert loss_of(known, answer) < loss_of(known, rival)
   [again] = answer_with('evolution', known, [budget], few)
   assert known.name(again.arch) == known.name(answer.arch)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_methods_choose_by_the_configured_loss(
+  experiment, known, budgets, method
+):
+  few = options(
+    experiment, population=6, generations=2, score='calibrated_loss'
+  )
+  [answer] = answer_with(method, known, budgets[2:], few)
+  spent = costs(experiment, known.log)
+  scores = known._score('heldout', known.log)
+  [chosen] = known._score('heldout', [answer.arch])
+  assert chosen.calibrated_loss == min(
+    score.calibrated_loss
+    for score, cost in zip(scores, spent, strict=True)
+    if cost <= budgets[2]
+  )
 
 
 def test_evolution_ends_when_nothing_else_fits(experiment, known):

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import optimize
+from scipy import special
 import tensorflow_datasets as tfds
 
 from configs import cifar100
@@ -314,6 +316,7 @@ def test_scoring_compiles_once_for_all_architectures(experiment, evaluator):
   space = experiment.space
   scores = evaluator.score(state.supernet, space.corners(), source)
   assert len(scores) == 16
+  assert all(s.calibrated_loss < s.loss + 1e-6 for s in scores)
   assert evaluator._step._cache_size() <= max(before, 1)
   proposals = evaluator.propose(state.policy, experiment.search_budgets)
   assert evaluator._propose._cache_size() == 1
@@ -322,6 +325,31 @@ def test_scoring_compiles_once_for_all_architectures(experiment, evaluator):
     experiment.search_budgets, proposals, strict=True
   ):
     assert table.of(proposal.arch) <= budget
+
+
+@pytest.mark.parametrize('confidence', [0.5, 1.0, 3.0])
+def test_tempered_losses_find_the_best_temperature(confidence):
+  """As scipy finds it; padding does not count."""
+  rng = np.random.default_rng(0)
+  labels = rng.integers(5, size=200)
+  logits = 2 * np.eye(5)[labels] + 1.5 * rng.normal(size=(200, 5))
+  logits = np.float32(confidence * logits)
+  weights = np.float32(rng.random(200) < 0.9)
+  scores = steps._score_images(
+    jnp.array(logits),
+    {'label': jnp.array(labels)},
+    temperatures=evaluate.TEMPERATURES,
+  )
+  sums = steps._sums(scores, jnp.array(weights))
+
+  def mean_loss(log_temperature):
+    tempered = special.log_softmax(logits / np.exp(log_temperature), -1)
+    return -np.average(tempered[np.arange(200), labels], weights=weights)
+
+  best = optimize.minimize_scalar(mean_loss, bounds=(-1.3, 1.3)).fun
+  assert float(sums.loss / sums.count) == pytest.approx(mean_loss(0), rel=1e-5)
+  found = float(sums.tempered_loss.min() / sums.count)
+  assert best * (1 - 1e-5) < found < best * 1.002
 
 
 def test_scoring_sends_a_batch_before_it_fetches_the_previous(
@@ -333,7 +361,7 @@ def test_scoring_sends_a_batch_before_it_fetches_the_previous(
   def score(batch):
     events.append('send')
     weights = batch['weight']
-    return [steps.Scores(*[np.float32([weights.sum()])] * 3)]
+    return [steps.Scores(*[np.float32([weights.sum()])] * 4)]
 
   device_get = jax.device_get
 

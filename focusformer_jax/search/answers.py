@@ -1,7 +1,8 @@
 """Answers to budgets, and the two methods that only draw: sampler and random.
 
 Every method keeps its budgets exactly: no architecture that exceeds a budget
-is a candidate for it. Every method chooses by held-out loss alone.
+is a candidate for it. Every method chooses by held-out loss alone, plain or
+calibrated (`config.search.score`).
 """
 
 from collections.abc import Sequence
@@ -83,8 +84,9 @@ def ask_sampler(
     return {scorer.name(arch): arch for arch in sorted(archs, key=table.of)}
 
   every = {n: a for budget in budgets for n, a in candidates(budget).items()}
-  scores = scorer.heldout(every.values())
-  loss = {name: s.loss for name, s in zip(every, scores, strict=True)}
+  loss = dict(
+    zip(every, scorer.losses(every.values(), options.score), strict=True)
+  )
   return [
     # Of equal losses, the cheapest.
     Answer(archs[min(archs, key=loss.__getitem__)], len(archs))
@@ -116,6 +118,6 @@ def best_of_random(
   for budget in budgets:
     rng = np.random.default_rng([*seed, budget])
     archs = scorer.draw(rng, budget, options.random)
-    losses = [score.loss for score in scorer.heldout(archs)]
-    answers.append(Answer(archs[int(np.argmin(losses))], len(archs)))
+    best = int(np.argmin(scorer.losses(archs, options.score)))
+    answers.append(Answer(archs[best], len(archs)))
   return answers

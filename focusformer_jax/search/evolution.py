@@ -27,7 +27,7 @@ def evolve(
   random ones where those are too few. A run scores no architecture twice and
   never drops a parent. Two things differ from AutoFormer: random architectures
   are uniform among those within the budget, so that tight budgets need no
-  luck, and the fitness is the held-out loss.
+  luck, and the fitness is the held-out loss of `config.search.score`.
   """
   return [
     _evolve(scorer, budget, options, np.random.default_rng([*seed, budget]))
@@ -86,9 +86,9 @@ def _evolve(
     breed(fresh, size, draw)
     if not fresh:
       break  # Every architecture within the budget is known.
-    scores = scorer.heldout(fresh.values())
-    for (name, arch), score in zip(fresh.items(), scores, strict=True):
-      seen[name] = score.loss, arch
+    losses = scorer.losses(fresh.values(), options.score)
+    for (name, arch), loss in zip(fresh.items(), losses, strict=True):
+      seen[name] = loss, arch
   _, arch = min(seen.values(), key=lambda scored: scored[0])
   return answers.Answer(arch, len(seen))
 

@@ -77,10 +77,11 @@ def nsga2(
 ) -> list[answers.Answer]:
   """NSGA-II (Deb et al. 2002, as pymoo implements it), one run for all budgets.
 
-  The objectives are the held-out loss and the logarithm of the cost. The first
-  generation has uniform draws within each budget. Offspring is bred as in
-  `evolution`, but parents may differ in depth. The answer to a budget is the
-  best scored architecture within it; `evaluations` counts the whole run.
+  The objectives are the held-out loss (`config.search.score`) and the logarithm
+  of the cost. The first generation has uniform draws within each budget.
+  Offspring is bred as in `evolution`, but parents may differ in depth. The
+  answer to a budget is the best scored architecture within it; `evaluations`
+  counts the whole run.
   """
   rng = np.random.default_rng(list(seed))
   space, table = scorer.experiment.space, scorer.experiment.cost_bins.table
@@ -105,9 +106,9 @@ def nsga2(
     archs, costs = search_space.unstack(batch), table.of_all(batch)
     names = [scorer.name(arch) for arch in archs]
     fresh = [i for i, name in enumerate(names) if name not in seen]
-    scores = scorer.heldout(archs[i] for i in fresh)
-    for i, score in zip(fresh, scores, strict=True):
-      seen[names[i]] = score.loss, int(costs[i]), archs[i]
+    losses = scorer.losses((archs[i] for i in fresh), options.score)
+    for i, loss in zip(fresh, losses, strict=True):
+      seen[names[i]] = loss, int(costs[i]), archs[i]
     losses = [seen[name][0] for name in names]
     objectives = np.stack([losses, np.log(costs)], axis=1)
     algorithm.evaluator.eval(StaticProblem(problem, F=objectives), generation)

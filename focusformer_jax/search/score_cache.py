@@ -36,8 +36,8 @@ class Row(NamedTuple):
 class Table:
   """Rows by (split, architecture), kept in a file of one JSON object a line.
 
-  The first line is the fingerprint of the scores. A file with the same
-  fingerprint is continued, any other is replaced.
+  The first line has the fingerprint of the scores and their names. A file with
+  the same first line is continued, any other is replaced.
 
   Args:
     path: Path of the file; None keeps rows in memory alone.
@@ -52,6 +52,7 @@ class Table:
     self.rows: dict[tuple[str, str], Row] = {}
     if path is None:
       return
+    header = header | {'scores': list(evaluate.Score._fields)}
     text = path.read_text() if path.exists() else ''
     # A process that was killed while writing left half a line.
     whole = text[: text.rfind('\n') + 1]
@@ -65,7 +66,10 @@ class Table:
     if lines[:1] == [header]:
       self.rows = {
         (line['split'], json.dumps(line['architecture'])): Row(
-          evaluate.Score(line['loss'], line['accuracy']), line['seconds']
+          evaluate.Score(
+            **{name: line[name] for name in evaluate.Score._fields}
+          ),
+          line['seconds'],
         )
         for line in lines[1:]
       }
@@ -87,8 +91,7 @@ class Table:
           'split': split,
           'checkpoint_step': step,
           'architecture': json.loads(architecture),
-          'loss': row.score.loss,
-          'accuracy': row.score.accuracy,
+          **row.score._asdict(),
           'seconds': row.seconds,
         }
         file.write(json.dumps(line) + '\n')
@@ -166,6 +169,12 @@ class Scorer:
     self._asked |= names
     self._asked_by_method |= names
     return self._score('heldout', archs)
+
+  def losses(
+    self, archs: Iterable[search_space.Architecture], name: str
+  ) -> list[float]:
+    """`heldout`, but only the loss that `config.search.score` names."""
+    return [getattr(score, name) for score in self.heldout(archs)]
 
   def test(
     self, archs: Iterable[search_space.Architecture]

@@ -126,6 +126,7 @@ def _rows(
       **{name: t.of(answer.arch) for name, t in experiment.tables.items()},
       'heldout_accuracy': heldout.accuracy,
       'heldout_loss': heldout.loss,
+      'heldout_calibrated_loss': heldout.calibrated_loss,
       'test_accuracy': test.accuracy,
       'evaluations': answer.evaluations,
       'architecture': experiment.space.to_json(answer.arch),

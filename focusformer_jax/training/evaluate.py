@@ -32,11 +32,27 @@ DRAWS_PER_CALL = 64
 BATCHES_AHEAD = 2
 
 
+# A network's calibrated loss is the lowest at one of these temperatures: those
+# within a factor of 4 of 1, in steps of 6%.
+TEMPERATURES = tuple(2.0 ** (n / 12) for n in range(-24, 25))
+
+
 class Score(NamedTuple):
-  """Means over all examples of a split."""
+  """Means over all examples of a split.
+
+  Args:
+    loss: Cross-entropy; for networks without classes, the distance of features
+      from the teacher's.
+    accuracy: Share of images that are classified correctly.
+    calibrated_loss: The lowest loss that dividing all logits by one temperature
+      gives: temperature scaling of Guo et al., arXiv 1706.04599, section 4.2,
+      fitted to the same images. Networks without classes have no temperature,
+      and it is their loss.
+  """
 
   loss: float
   accuracy: float
+  calibrated_loss: float
 
 
 class Evaluator:
@@ -53,9 +69,9 @@ class Evaluator:
   def __init__(self, experiment: experiment_lib.Experiment):
     self._experiment = experiment
     self._chunk = experiment.settings.search.subnets_per_call
-    self._step = jax.jit(functools.partial(steps.eval_step, experiment))
-    self._network_step = jax.jit(
-      functools.partial(steps.network_eval_step, experiment)
+    self._step, self._network_step = (
+      jax.jit(functools.partial(step, experiment, temperatures=TEMPERATURES))
+      for step in (steps.eval_step, steps.network_eval_step)
     )
     self._propose = jax.jit(functools.partial(steps.propose_step, experiment))
     self._draw = jax.jit(
@@ -198,8 +214,7 @@ class Evaluator:
       def fetch():
         nonlocal totals, done
         sums = jax.device_get(running.popleft())
-        sums = [np.reshape(s, (3, -1)) for s in sums]
-        totals += np.concatenate(sums, axis=1, dtype=np.float64)
+        totals += np.concatenate([_rows(s) for s in sums])
         done += 1
         show(min(done * size, len(source)))
 
@@ -209,10 +224,17 @@ class Evaluator:
           fetch()
       while running:
         fetch()
-    loss_A, correct_A, count_A = totals
     return [
-      Score(float(loss), float(accuracy))
-      for loss, accuracy in zip(
-        loss_A / count_A, correct_A / count_A, strict=True
-      )
+      Score(loss / count, correct / count, min(tempered) / count)
+      for loss, correct, count, *tempered in totals.tolist()
     ]
+
+
+def _rows(scores: steps.Scores) -> np.ndarray:
+  """One row of sums per architecture: the fields of `scores` in their order."""
+  count = np.size(scores.count)
+  return np.concatenate(
+    [np.reshape(sums, (count, -1)) for sums in scores],
+    axis=1,
+    dtype=np.float64,
+  )

@@ -1,9 +1,11 @@
 """The compiled steps: pure functions of an experiment, a state and a batch.
 
 Letters: `B` batch, `C` classes, `S` subnets of a training step, `K` budgets of
-a sampler step, `M` subnets drawn at each, `A` subnets that are scored.
+a sampler step, `M` subnets drawn at each, `A` subnets that are scored, `T`
+temperatures.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -276,10 +278,14 @@ def frozen_step(
 
 
 class ImageScores(NamedTuple):
-  """Loss of each image, and whether it is classified correctly."""
+  """Loss of each image, and whether it is classified correctly.
+
+  `tempered_loss` is the loss of logits that are divided by each temperature.
+  """
 
   loss: Float[Array, '*A B']
   accuracy: Bool[Array, '*A B']
+  tempered_loss: Float[Array, '*A B T']
 
 
 class Scores(NamedTuple):
@@ -288,12 +294,14 @@ class Scores(NamedTuple):
   loss: Float[Array, '*A']
   correct: Float[Array, '*A']
   count: Float[Array, '*A']
+  tempered_loss: Float[Array, '*A T']
 
 
 def _score_images(
   logits_BC: Float[Array, 'B C'],
   batch: dict[str, Array],
   teacher_BC: Float[Array, 'B C'] | None = None,
+  temperatures: Sequence[float] = (),
 ) -> ImageScores:
   """Cross-entropy, or the distance of features from the teacher's.
 
@@ -305,6 +313,8 @@ def _score_images(
     logits_BC: Outputs of a network.
     batch: Labels and weights.
     teacher_BC: Features of the teacher, or None for a network with classes.
+    temperatures: Those of `tempered_loss`; features have none, and their loss
+      is the same at each.
   """
   labels_B = batch['label']
   if teacher_BC is not None:
@@ -316,13 +326,18 @@ def _score_images(
     cosine_BB = jnp.where(
       padding_or_itself, -jnp.inf, direction_BC @ direction_BC.T
     )
+    loss_B = distillation.features(teacher_BC, logits_BC)
     return ImageScores(
-      distillation.features(teacher_BC, logits_BC),
+      loss_B,
       labels_B[jnp.argmax(cosine_BB, -1)] == labels_B,
+      jnp.repeat(loss_B[:, None], len(temperatures), axis=1),
     )
+  cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+  logits_BTC = logits_BC[:, None] / jnp.array(temperatures)[:, None]
   return ImageScores(
-    optax.softmax_cross_entropy_with_integer_labels(logits_BC, labels_B),
+    cross_entropy(logits_BC, labels_B),
     jnp.argmax(logits_BC, -1) == labels_B,
+    cross_entropy(logits_BTC, labels_B[:, None]),
   )
 
 
@@ -332,6 +347,7 @@ def _sums(scores: ImageScores, weights_B: Float[Array, 'B']) -> Scores:
     (scores.loss * weights_B).sum(-1),
     (scores.accuracy * weights_B).sum(-1),
     jnp.broadcast_to(weights_B.sum(), scores.loss.shape[:-1]),
+    (scores.tempered_loss * weights_B[:, None]).sum(-2),
   )
 
 
@@ -341,9 +357,12 @@ def eval_step(
   archs: search_space.Architecture,
   batch: dict[str, Array],
   teacher: state_lib.Teacher | None = None,
+  temperatures: Sequence[float] = (),
 ) -> Scores:
   """Scores A subnets on one batch; see `score_images`."""
-  scores_AB = score_images(experiment, supernet, archs, batch, teacher)
+  scores_AB = score_images(
+    experiment, supernet, archs, batch, teacher, temperatures
+  )
   return _sums(scores_AB, batch['weight'])
 
 
@@ -353,6 +372,7 @@ def score_images(
   archs: search_space.Architecture,
   batch: dict[str, Array],
   teacher: state_lib.Teacher | None = None,
+  temperatures: Sequence[float] = (),
 ) -> ImageScores:
   """Scores A subnets on each image, each device its part of the images.
 
@@ -363,6 +383,7 @@ def score_images(
     batch: Images and labels.
     teacher: For networks without classes, the frozen supernet whose largest
       subnet gives the features to compare with; ignored for others.
+    temperatures: Those of `tempered_loss`.
   """
   mesh = experiment.mesh
   supernet = sharding.gathered(mesh, supernet)
@@ -377,7 +398,9 @@ def score_images(
     if teacher is not None:
       teacher_BC = teacher(images, experiment.space.largest())
     return jax.lax.map(
-      lambda arch: _score_images(supernet(images, arch), batch, teacher_BC),
+      lambda arch: _score_images(
+        supernet(images, arch), batch, teacher_BC, temperatures
+      ),
       archs,
     )
 
@@ -398,11 +421,13 @@ def network_eval_step(
   experiment: experiment_lib.Experiment,
   network: networks.Network,
   batch: dict[str, Array],
+  temperatures: Sequence[float] = (),
 ) -> Scores:
   """Scores a standalone network on one batch."""
   network = sharding.gathered(experiment.mesh, network)
   images = augment.normalize(experiment.recipe, batch['image'])
-  return _sums(_score_images(network(images), batch), batch['weight'])
+  scores_B = _score_images(network(images), batch, temperatures=temperatures)
+  return _sums(scores_B, batch['weight'])
 
 
 class Proposal(NamedTuple):
