@@ -371,7 +371,7 @@ def test_scoring_sends_a_batch_before_it_fetches_the_previous(
 
   monkeypatch.setattr(jax, 'device_get', fetch)
   source = experiment.dataset.split('heldout')
-  assert evaluator._means('scoring', score, source) == [(1, 1)]
+  assert evaluator._means('scoring', score, source) == [(1, 1, 1)]
   assert events.count('send') == events.count('fetch') > 1
   assert events[:2] == ['send', 'send']
 
