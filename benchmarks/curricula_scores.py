@@ -22,6 +22,7 @@ from absl import flags
 from absl import logging
 from etils import epath
 import numpy as np
+from scipy import stats
 
 from benchmarks import curricula_tables as tables
 from focusformer_jax import runs as runs_lib
@@ -59,11 +60,8 @@ def main():
   flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
   logging.set_verbosity(logging.ERROR)  # Orbax warns of what is no fault.
 
-  rows = [
-    ['budget', *(f'{what}, {s}' for s in SCORES for what in ('cost', 'test'))]
-  ]
-  rows[0].append('difference')
-  rows.append(['---'] * len(rows[0]))
+  headings = [f'{what}, {s}' for s in SCORES for what in ('cost', 'test')]
+  rows = [['budget', *headings, 'difference'], ['---'] * (len(headings) + 2)]
   found = []
   for path in args.runs:
     print('/'.join(path.parts[-2:]), flush=True)
@@ -79,7 +77,7 @@ def main():
     gained = tests[:, 1] - tests[:, 0]
     text = f'{gained.mean():+.2f}'
     if len(gained) > 1:
-      text += f' ± {gained.std(ddof=1) / len(gained) ** 0.5:.2f}'
+      text += f' ± {stats.sem(gained):.2f}'
     rows.append([*cells, text])
   print(f'\nMeans over {len(found)} runs:\n\n{tables.markdown(rows)}')
 

@@ -363,7 +363,7 @@ def _page(found: dict[str, Any], plots: dict[str, bytes]) -> str:
   part(
     'Accuracy within a budget',
     '<p>Each point is one subnet, evaluated with weights inherited from the '
-    'same supernet. All methods choose by held-out images; test images '
+    'same supernet. Methods choose on held-out images alone; test images '
     'are scored once, for this table.</p>',
     pick('pareto'),
     _html_table(

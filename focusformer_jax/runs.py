@@ -177,8 +177,9 @@ class Run:
     """The sampler's best architecture for a budget, and its held-out score.
 
     The same as the search's and as that of `--mode=extract`: the best by
-    held-out loss of the sampler's proposals to `config.search.candidates`
-    budgets that are within this one. A larger budget never gets a worse answer.
+    held-out loss (`config.search.score`) of the sampler's proposals to
+    `config.search.candidates` budgets that are within this one. A larger budget
+    never gets a worse answer.
 
     Args:
       budget: Upper bound of `config.sampler.cost`, such as 150_000 MACs.

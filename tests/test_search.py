@@ -342,6 +342,13 @@ def test_scores_of_other_weights_are_not_used(
   other = later.replace(supernet=treedef.unflatten(leaves))
   assert score(other)[1] == 3
 
+  # A version that knew fewer scores has written the file.
+  names = ', "scores": ["loss", "accuracy", "calibrated_loss"]'
+  text = path.read_text()
+  assert text.count(names) == 1
+  path.write_text(text.replace(names, ''))
+  assert score(other)[1] == 3
+
   path.write_text('not ours\n')
   with pytest.raises(errors.UserError, match='remove that file'):
     score(state)

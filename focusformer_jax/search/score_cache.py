@@ -66,9 +66,7 @@ class Table:
     if lines[:1] == [header]:
       self.rows = {
         (line['split'], json.dumps(line['architecture'])): Row(
-          evaluate.Score(
-            **{name: line[name] for name in evaluate.Score._fields}
-          ),
+          evaluate.Score._make(line[name] for name in header['scores']),
           line['seconds'],
         )
         for line in lines[1:]

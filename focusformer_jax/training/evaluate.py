@@ -31,7 +31,6 @@ DRAWS_PER_CALL = 64
 # Batches whose sums the devices may still compute while the host sends more.
 BATCHES_AHEAD = 2
 
-
 # A network's calibrated loss is the lowest at one of these temperatures: those
 # within a factor of 4 of 1, in steps of 6%.
 TEMPERATURES = tuple(2.0 ** (n / 12) for n in range(-24, 25))
