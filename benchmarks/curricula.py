@@ -103,6 +103,7 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
     [r for r in run['rows'] if r['method'] in tables.ENDS] for run in runs
   ]
   with_ends = [own + other for own, other in zip(rows, ends, strict=True)]
+  compute = mean_and_error([run['gigamacs'] for run in runs])
 
   def volume(shown: list[list[dict[str, Any]]]) -> dict[str, float | None]:
     return mean_and_error(
@@ -120,7 +121,8 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
     {
       'method': method,
       'steps': runs[0]['steps'],
-      'gigamacs': float(np.mean([run['gigamacs'] for run in runs])),
+      'gigamacs': compute['mean'],
+      'gigamacs_standard_error': compute['standard_error'],
       'hypervolume': volume(rows),
       'hypervolume_with_ends': volume(with_ends),
       'budgets': [row['budget'] for row in rows[0]],

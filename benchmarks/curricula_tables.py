@@ -44,6 +44,14 @@ def with_error(value: Mean, scale: float, digits: int) -> str:
   return f'{text} ± {scale * value["standard_error"]:.{digits}f}'
 
 
+def compute(found: Summary) -> Mean:
+  """Multiply-adds of training, in 1e9."""
+  return {
+    'mean': found['gigamacs'],
+    'standard_error': found['gigamacs_standard_error'],
+  }
+
+
 def leads(summaries: dict[str, Summary], name: str) -> str:
   """Markdown table of one curriculum's lead over each of the others."""
   ours = summaries[name]
@@ -79,7 +87,7 @@ def table(summaries: dict[str, Summary]) -> str:
         *(with_error(found[key], 1, 4) for key in VOLUMES),
         f'{found["evaluations"]:,}',
         f'{found["seconds"]:.3g}',
-        f'{found["gigamacs"] / 1e3:.2f}',
+        with_error(compute(found), 1e-3, 2),
       ]
     )
   return markdown(lines)
@@ -141,13 +149,15 @@ def alone_table(rows: list[dict[str, Any]]) -> str:
 def unequal(summaries: dict[str, Summary]) -> list[str]:
   """Lines on rows whose compute is over 2% from that of the first one."""
   first, *rest = summaries
-  equal, lines = summaries[first]['gigamacs'], []
+  equal, lines = compute(summaries[first]), []
   for name in rest:
-    ratio = summaries[name]['gigamacs'] / equal
+    ratio = summaries[name]['gigamacs'] / equal['mean']
     if not name.endswith(RANDOM) and abs(ratio - 1) > 0.02:
+      difference = lead(compute(summaries[name]), equal, 1e-3)
       steps = round(summaries[name]['steps'] / ratio)
       lines.append(
-        f'{name}: {ratio:.2f} times the multiply-adds of {first}; '
+        f'{name}: {ratio:.2f} times the multiply-adds of {first}; difference '
+        f'in TMACs (in standard errors): {difference}; '
         f'{steps:,} steps would be equal'
       )
   return lines
