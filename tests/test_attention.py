@@ -10,6 +10,7 @@ import pytest
 from benchmarks import accelerator_parts
 from focusformer_jax import errors
 from focusformer_jax.models import attention
+from focusformer_jax.models import positions
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import experiment as experiment_lib
 from tests.conftest import TINY, make_supernet, smoke_settings
@@ -119,18 +120,23 @@ def test_supernet_is_the_same_with_every_attention(
 
 
 @pytest.mark.parametrize(
-  ('platform', 'dtype', 'head_dim', 'tokens', 'wanted'),
+  ('platform', 'dtype', 'head_dim', 'grid', 'wanted'),
   [
-    ('cpu', 'bfloat16', 64, 197, 'einsum'),
-    ('tpu', 'float32', 64, 197, 'pallas'),
-    ('tpu', 'bfloat16', 64, 1025, 'einsum'),
-    ('gpu', 'bfloat16', 64, 197, 'cudnn'),
-    ('gpu', 'float32', 64, 197, 'einsum'),
-    ('gpu', 'bfloat16', 12, 197, 'einsum'),
+    ('cpu', 'bfloat16', 64, 14, 'einsum'),
+    ('tpu', 'float32', 64, 14, 'pallas'),
+    ('tpu', 'bfloat16', 64, 32, 'einsum'),
+    ('gpu', 'bfloat16', 64, 14, 'cudnn'),
+    ('gpu', 'bfloat16', 64, 28, 'cudnn'),  # 64 + 64 features
+    ('gpu', 'bfloat16', 64, 31, 'einsum'),  # 64 + 72 features
+    ('gpu', 'float32', 64, 14, 'einsum'),
+    ('gpu', 'bfloat16', 12, 14, 'einsum'),
   ],
 )
-def test_auto_attention(platform, dtype, head_dim, tokens, wanted):
-  assert attention.choose(platform, dtype, head_dim, tokens) == wanted
+def test_auto_attention(platform, dtype, head_dim, grid, wanted):
+  features = positions.num_features(grid)
+  assert (
+    attention.choose(platform, dtype, head_dim, grid**2 + 1, features) == wanted
+  )
 
 
 @pytest.mark.parametrize('name', ['cudnn', 'pallas'])

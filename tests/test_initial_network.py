@@ -109,6 +109,21 @@ def test_network_decides_on_space_and_geometry(settings, workdir):
   assert initial_network.settle(settled, workdir) == settled
 
 
+@pytest.mark.parametrize(
+  ('section', 'name', 'value'),
+  [('pretrained', 'depths', (0.4, 1.0)), ('augment', 'mean', (0.25,))],
+)
+def test_kept_network_was_sorted_for_these_settings(
+  section, name, value, settings, workdir
+):
+  part = dataclasses.replace(getattr(settings, section), **{name: value})
+  settings = dataclasses.replace(settings, **{section: part})
+  with pytest.raises(
+    errors.UserError, match=f'config.{section}.{name}: wanted'
+  ):
+    initial_network.settle(settings, workdir)
+
+
 def test_kept_network_is_the_file_sorted(state_dict, workdir, images):
   wanted = pretrained.from_pretrained(state_dict, num_heads=4)
   found, _ = vit.load(workdir / 'initial')

@@ -323,18 +323,33 @@ IMPLEMENTATIONS: dict[str, Callable[..., Results]] = {
 MOST_TOKENS = 640
 
 
+def cudnn_takes(
+  dtype: jax.typing.DTypeLike, head_dim: int, features: int
+) -> bool:
+  """Whether cuDNN's kernels, forward and backward, compute such attention.
+
+  Args:
+    dtype: of queries, keys and values.
+    head_dim: K.
+    features: R, which are further features of each head.
+  """
+  return (
+    jnp.dtype(dtype) == jnp.bfloat16
+    and head_dim % 8 == 0
+    and head_dim + features <= 128
+  )
+
+
 def choose(
-  platform: str, dtype: jax.typing.DTypeLike, head_dim: int, tokens: int
+  platform: str,
+  dtype: jax.typing.DTypeLike,
+  head_dim: int,
+  tokens: int,
+  features: int,
 ) -> str:
   """The name that `config.supernet.attention = 'auto'` stands for."""
   if platform == 'tpu' and tokens <= MOST_TOKENS:
     return 'pallas'
-  if (
-    platform == 'gpu'
-    and jnp.dtype(dtype) == jnp.bfloat16
-    # cuDNN's backward kernel takes up to 128 features, in multiples of 8.
-    and head_dim % 8 == 0
-    and head_dim <= 64
-  ):
+  if platform == 'gpu' and cudnn_takes(dtype, head_dim, features):
     return 'cudnn'
   return 'einsum'

@@ -18,6 +18,7 @@ from focusformer_jax.data import datasets
 from focusformer_jax.models import attention as attention_lib
 from focusformer_jax.models import autoformer
 from focusformer_jax.models import networks
+from focusformer_jax.models import positions
 from focusformer_jax.models import pretrained
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
@@ -158,9 +159,13 @@ class Experiment:
       UserError: The configured one does not run on these devices.
     """
     supernet, platform = self.settings.supernet, sharding.platform(self.mesh)
+    dtype, head_dim = supernet.dtype, self.space.head_dim
+    features = 0
+    if supernet.max_relative_position:
+      features = positions.num_features(self.geometry.grid)
     if supernet.attention == 'auto':
       return attention_lib.choose(
-        platform, supernet.dtype, self.space.head_dim, self.geometry.num_tokens
+        platform, dtype, head_dim, self.geometry.num_tokens, features
       )
     needed = {'cudnn': 'gpu', 'pallas': 'tpu'}.get(supernet.attention, platform)
     if needed != platform:
@@ -168,10 +173,14 @@ class Experiment:
         f'config.supernet.attention: wanted auto or einsum on a {platform}, '
         f'found {supernet.attention}, which runs on a {needed}'
       )
-    if supernet.attention == 'cudnn' and supernet.dtype != 'bfloat16':
+    if supernet.attention == 'cudnn' and not attention_lib.cudnn_takes(
+      dtype, head_dim, features
+    ):
       raise errors.UserError(
-        f'config.supernet.dtype: wanted bfloat16 for '
-        f'config.supernet.attention = cudnn, found {supernet.dtype}'
+        'config.supernet.attention: wanted auto or einsum, found cudnn, which '
+        'takes bfloat16, a head_dim in multiples of 8 and up to 128 features '
+        f'of a head; found {dtype}, a head_dim of {head_dim} and {features} '
+        'features of relative position'
       )
     return supernet.attention
 

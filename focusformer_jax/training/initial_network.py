@@ -7,6 +7,8 @@ with it everything that later stages have to know.
 """
 
 import dataclasses
+import json
+import operator
 from typing import Any
 
 from absl import logging
@@ -72,7 +74,8 @@ def settle(
     _prepare(settings, network, home)
   description = atomic_files.read_json(home / vit.DESCRIPTION)
   for name, wanted in _facts(settings).items():
-    if (found := description['made_with'].get(name)) != wanted:
+    # A description from before 2026-11-29 lacks those of the images.
+    if (found := description['made_with'].get(name, wanted)) != wanted:
       raise errors.UserError(
         f'config.{name}: wanted {found}, with which {home} was made, found '
         f'{wanted}; use another --workdir'
@@ -98,10 +101,26 @@ def _check_start(settings: config_lib.Settings, workdir: epath.Path) -> None:
 
 def _facts(settings: config_lib.Settings) -> dict[str, Any]:
   """The settings on which the contents of the directory depend."""
-  names = ('num_heads', 'pool', 'interpolate', 'importance', 'images')
-  return {'seed': settings.seed, 'train.initial': settings.train.initial} | {
-    f'pretrained.{name}': getattr(settings.pretrained, name) for name in names
-  }
+  names = [
+    'seed',
+    'train.initial',
+    'pretrained.num_heads',
+    'pretrained.pool',
+    'pretrained.interpolate',
+    'pretrained.importance',
+  ]
+  if settings.pretrained.importance != 'none':
+    # Images sort the units, and rank layers down to the shallowest subnet.
+    names += [
+      'pretrained.images',
+      'pretrained.depths',
+      'data.name',
+      'data.heldout',
+      'augment.mean',
+      'augment.std',
+    ]
+  facts = {name: operator.attrgetter(name)(settings) for name in names}
+  return json.loads(json.dumps(facts))  # Tuples are lists, as in the file.
 
 
 def _read(settings: config_lib.Settings) -> vit.VisionTransformer | None:
