@@ -49,6 +49,7 @@ from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax import stages
 from focusformer_jax.deploy import retrain
+from focusformer_jax.search import fingerprint
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import train
 
@@ -57,13 +58,15 @@ def outcome(
   settings: config_lib.Settings, workdir: epath.Path
 ) -> dict[str, Any]:
   """Results of a run, read from its workdir; runs missing stages first."""
+  jobs.check_settings(settings, workdir)
   experiment = experiment_lib.create(settings)
   if not train.is_finished(experiment, workdir):
     stages.run(settings, workdir, 'train')
-  if not (workdir / 'results.json').exists():
-    stages.run(settings, workdir, 'search')
   with train.open_checkpoints(experiment, workdir) as checkpoints:
     state = checkpoints.restore(experiment.abstract_state)
+  wanted = fingerprint.of_answers(experiment, state)
+  if not stages.is_searched(workdir, wanted, settings.search):
+    stages.run(settings, workdir, 'search')
   results = json.loads((workdir / 'results.json').read_text())
   timing = json.loads((workdir / 'search' / 'timing.json').read_text())
   trained = {
@@ -216,6 +219,11 @@ def main():
   args = parser.parse_args()
   if args.seeds < 1:
     parser.error(f'--seeds: wanted at least 1, found {args.seeds}')
+  if not 1 <= args.alone_seeds <= args.seeds:
+    parser.error(
+      f'--alone-seeds: wanted 1 to {args.seeds}, as --seeds says, found '
+      f'{args.alone_seeds}'
+    )
   if args.alone and (missing := set(args.alone_of) - set(args.only)):
     parser.error(
       f'--alone-of: wanted curricula of --only, found {", ".join(missing)}'

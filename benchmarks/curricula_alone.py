@@ -3,7 +3,9 @@
 A part of `curricula.py`.
 """
 
+import collections
 from collections.abc import Sequence
+import dataclasses
 import json
 from typing import Any
 
@@ -12,17 +14,35 @@ import numpy as np
 from scipy import stats
 
 from benchmarks import curricula_jobs as jobs
+from focusformer_jax import atomic_files
 from focusformer_jax import runs as runs_lib
 from focusformer_jax.deploy import retrain
 from focusformer_jax.models import vit
 from focusformer_jax.search import score_cache
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import evaluate
+from focusformer_jax.training import steps as steps_lib
 
 # Networks that share the multiply-adds of one supernet.
 SHARES = 6
-# Multiply-adds of an update by those of a forward pass.
-FORWARD_AND_BACKWARD = 3
+
+
+def save_network(
+  supernet: runs_lib.Run, values: dict[str, Any], folder: epath.Path
+) -> epath.Path:
+  """Directory of a network in `folder`; it is written if it is not there.
+
+  Args:
+    supernet: The run whose weights the network gets.
+    values: Architecture in its JSON form.
+    folder: Directory of all networks of a job.
+  """
+  name = '-'.join(str(value).replace(' ', '') for value in values.values())
+  network = folder / name / 'network'
+  if not network.exists():
+    arch = supernet.space.from_json(values)
+    vit.save(supernet.extract(arch), values, network)
+  return network
 
 
 def trained_alone(
@@ -39,10 +59,14 @@ def trained_alone(
     network: Directory of an extracted network; its weights are not used.
   """
   workdir = network.parent / f'{steps}-{seed}'
+  weights = {'retrain.network': str(network), 'retrain.inherit': False}
+  settings = jobs.alone_settings(job, seed, steps, weights)
+  jobs.check_settings(settings, workdir)
   if not (workdir / 'retrain/results.json').exists():
     print(f'alone: {network.parent.name}, {steps:,} updates', flush=True)
-    weights = {'retrain.network': str(network), 'retrain.inherit': False}
-    retrain.retrain(jobs.alone_settings(job, seed, steps, weights), workdir)
+    config = dataclasses.asdict(settings)
+    atomic_files.write_json(workdir / 'config.json', config)
+    retrain.retrain(settings, workdir)
   results = json.loads((workdir / 'retrain/results.json').read_text())
   return results['test_accuracy_after']
 
@@ -70,8 +94,9 @@ def compare(
     (`alone`), and trained alone with a sixth of the supernet's multiply-adds
     (`alone_share`). `standard_error` is that of inherited minus alone over
     seeds; None for one seed. `tau` is Kendall's tau of inherited and alone in
-    the supernet of this variant, over the networks of all variants and budgets,
-    averaged over seeds; None for fewer than two networks.
+    the supernet of this variant, over the networks of all variants and budgets
+    that were trained for as many updates, averaged over seeds; None for fewer
+    than two networks.
   """
   rows = {variant: [] for variant in runs}
   taus = {variant: [] for variant in runs}
@@ -81,27 +106,27 @@ def compare(
       variant: runs_lib.load_run(jobs.folder_of(workdir, job, variant, seed))
       for variant in runs
     }
-    alone = {}  # Architectures and accuracies, by the network's name.
+    # Architectures and accuracies by number of updates, then by name.
+    alone = collections.defaultdict(dict)
     for variant, supernet in supernets.items():
       run = runs[variant][seed]
+      length = updates or run['steps']
       answers = jobs.rows_of(run, jobs.method_of(variant))
       for row in (answers[number - 1] for number in chosen):
         values = row['architecture']
-        arch = supernet.space.from_json(values)
-        name = '-'.join(str(v).replace(' ', '') for v in values.values())
-        network = workdir / job.name / 'alone' / name / 'network'
-        if not network.exists():
-          vit.save(supernet.extract(arch), values, network)
-        per_update = FORWARD_AND_BACKWARD * row['macs'] * batch
+        network = save_network(supernet, values, workdir / job.name / 'alone')
+        per_update = steps_lib.FORWARD_AND_BACKWARD * row['macs'] * batch
         share = round(run['gigamacs'] * 1e9 / SHARES / per_update)
         accuracies = {
-          'alone': trained_alone(job, seed, updates or run['steps'], network),
+          'alone': trained_alone(job, seed, length, network),
           'alone_share': trained_alone(job, seed, share, network),
         }
         rows[variant].append(row | accuracies)
-        alone[name] = arch, accuracies['alone']
+        arch = supernet.space.from_json(values)
+        alone[length][network] = arch, accuracies['alone']
     for variant, supernet in supernets.items():
-      taus[variant].append(_tau(supernet, *zip(*alone.values(), strict=True)))
+      compared = alone[updates or runs[variant][seed]['steps']].values()
+      taus[variant].append(_tau(supernet, *zip(*compared, strict=True)))
   return {
     variant: _means(rows[variant], float(np.mean(taus[variant])))
     for variant in runs

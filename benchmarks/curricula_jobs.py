@@ -8,11 +8,15 @@ import runpy
 from typing import Any
 
 from etils import epath
+from flax import traverse_util
 import ml_collections
 
 from configs import digits
 from configs import fashion_mnist
+from focusformer_jax import atomic_files
 from focusformer_jax import config as config_lib
+from focusformer_jax import errors
+from focusformer_jax.search import fingerprint
 
 CURRICULA = (
   'uniform',
@@ -95,6 +99,11 @@ def find_job(name: str) -> Job:
   if get_config is None:
     raise argparse.ArgumentTypeError(
       f'wanted a function get_config in {path}, found none'
+    )
+  cost = get_config(*([variant] if variant else [])).sampler.cost
+  if cost != 'macs':
+    raise argparse.ArgumentTypeError(
+      f'wanted config.sampler.cost=macs in {path}, found {cost}'
     )
   # `config` keeps its runs apart from those of a job in `JOBS`.
   name = '_'.join(filter(None, ('config', pathlib.Path(path).stem, variant)))
@@ -255,10 +264,38 @@ def alone_settings(
     'retrain.steps': steps,
     'retrain.eval_every': steps,
     'retrain.checkpoint_every': -(-steps // 4),
-    'retrain.optimizer.learning_rate': uniform.optimizer.learning_rate,
-    'retrain.optimizer.warmup_steps': uniform.optimizer.warmup_steps,
+  } | {
+    f'retrain.optimizer.{name}': value
+    for name, value in dataclasses.asdict(uniform.optimizer).items()
   }
   return settings_of(job, 'uniform', seed, recipe | network)
+
+
+def check_settings(settings: config_lib.Settings, folder: epath.Path):
+  """Checks that the run in a folder has these settings, if there is one.
+
+  Where images are and how they are split over devices may differ, and
+  `config.search`, for a search can be done again.
+
+  Raises:
+    UserError: Names the first key that differs.
+  """
+  path = folder / 'config.json'
+  if not path.exists():
+    return
+  found = config_lib.parse(atomic_files.read_json(path))
+  difference = fingerprint.difference(_facts(settings), _facts(found))
+  if difference:
+    raise errors.UserError(
+      f'{folder}: wanted a run with config.{difference}; move it away, or use '
+      'another --workdir'
+    )
+
+
+def _facts(settings: config_lib.Settings) -> dict[str, Any]:
+  values = dataclasses.asdict(settings)
+  del values['mesh'], values['search'], values['data']['dir']
+  return traverse_util.flatten_dict(values, sep='.')
 
 
 def folder_of(

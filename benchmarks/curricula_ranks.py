@@ -44,7 +44,7 @@ class Alone(NamedTuple):
   accuracy: float
 
 
-def trained_alone(folder: pathlib.Path, updates: int) -> list[Alone]:
+def networks_alone(folder: pathlib.Path, updates: int) -> list[Alone]:
   """The networks that were trained alone for at least so many updates."""
   found = []
   for network in sorted(folder.glob('*')):
@@ -70,7 +70,7 @@ def main():
   parser.add_argument('--updates', type=int, required=True)
   parser.add_argument('--networks', action='store_true')
   args = parser.parse_args()
-  networks = trained_alone(args.alone, args.updates)
+  networks = networks_alone(args.alone, args.updates)
   if len(networks) < 2:
     parser.error(
       f'--alone: wanted at least 2 networks in {args.alone} that were trained '

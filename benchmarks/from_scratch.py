@@ -29,11 +29,11 @@ from etils import epath
 import numpy as np
 
 from benchmarks import curricula
+from benchmarks import curricula_alone as alone
 from benchmarks import curricula_jobs as jobs
 from benchmarks import curricula_tables as tables
+from focusformer_jax import runs as runs_lib
 from focusformer_jax.training import evaluate
-from focusformer_jax.training import experiment as experiment_lib
-from focusformer_jax.training import train
 
 DECODED = 'focus, decoded'
 
@@ -77,21 +77,10 @@ def candidates(
   return list(rows.values())
 
 
-def restore(job: jobs.Job, curriculum: str, supernet: int, runs: pathlib.Path):
-  """The experiment of one seed and its final state."""
-  experiment = experiment_lib.create(
-    jobs.settings_of(job, curriculum, supernet)
-  )
-  workdir = epath.Path(runs / f'{curriculum}-{supernet}')
-  with train.open_checkpoints(experiment, workdir) as checkpoints:
-    return experiment, checkpoints.restore(experiment.abstract_state)
-
-
-def rivals(
-  job: jobs.Job, row: dict[str, Any], runs: pathlib.Path
-) -> list[dict[str, Any]]:
+def rivals(row: dict[str, Any], runs: pathlib.Path) -> list[dict[str, Any]]:
   """The two best networks of equal cost but other depth or width."""
-  experiment, state = restore(job, 'uniform', row['supernet'], runs)
+  run = runs_lib.load_run(runs / f'uniform-{row["supernet"]}')
+  experiment, state = run.experiment, run.state
   evaluator, table = evaluate.Evaluator(experiment), experiment.cost_bins.table
   drawn = evaluator.draw(np.random.default_rng(0), row['macs'], DRAWN)
   by_shape = collections.defaultdict(list)
@@ -122,38 +111,31 @@ def rivals(
   ]
 
 
-def inherited(
-  job: jobs.Job, rows: list[dict[str, Any]], runs: pathlib.Path
-) -> None:
+def inherited(rows: list[dict[str, Any]], runs: pathlib.Path) -> None:
   """Adds test accuracies with the inherited weights of one seed's supernets."""
   for curriculum in ('focus', 'uniform'):
-    experiment, state = restore(job, curriculum, rows[0]['supernet'], runs)
-    archs = [experiment.space.from_json(row['architecture']) for row in rows]
-    scores = evaluate.Evaluator(experiment).score(
-      state.evaluated, archs, experiment.dataset.split('test')
+    run = runs_lib.load_run(runs / f'{curriculum}-{rows[0]["supernet"]}')
+    archs = [run.space.from_json(row['architecture']) for row in rows]
+    scores = evaluate.Evaluator(run.experiment).score(
+      run.state.evaluated, archs, run.dataset.split('test')
     )
     for row, score in zip(rows, scores, strict=True):
       row[f'inherited_{curriculum}'] = score.accuracy
 
 
-def trained_alone(
+def accuracy_alone(
   job: jobs.Job,
   row: dict[str, Any],
   runs: pathlib.Path,
   steps: int,
   seeds: int,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
   """Mean test accuracy over seeds; rows of one architecture share trainings."""
-  name = f'uniform-{row["supernet"]}'
-  settings = jobs.settings_of(job, 'uniform', row['supernet'])
-  network = curricula.save_network(epath.Path(runs / name), settings, row)
+  supernet = runs_lib.load_run(runs / f'uniform-{row["supernet"]}')
+  folder = epath.Path(runs / 'alone')
+  network = alone.save_network(supernet, row['architecture'], folder)
   return curricula.mean_and_error(
-    [
-      curricula.trained_alone(
-        job, seed, steps, network, network.parent / f'{steps}-{seed}'
-      )
-      for seed in range(seeds)
-    ]
+    [alone.trained_alone(job, seed, steps, network) for seed in range(seeds)]
   )
 
 
@@ -163,7 +145,7 @@ def table(rows: list[dict[str, Any]]) -> str:
   heading += ['in focus', 'in uniform', 'alone']
   lines = [heading, ['---'] * len(heading)]
   for row in rows:
-    alone, arch = row['alone'], row['architecture']
+    arch = row['architecture']
     lines.append(
       [
         str(row['supernet']),
@@ -174,7 +156,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         str(arch['embed_dim']),
         f'{100 * row["inherited_focus"]:.1f}',
         f'{100 * row["inherited_uniform"]:.1f}',
-        f'{100 * alone["mean"]:.1f} ± {100 * alone["standard_error"]:.1f}',
+        tables.with_error(row['alone'], 100, 1),
       ]
     )
   return tables.markdown(lines)
@@ -214,12 +196,12 @@ def main():
   for supernet in args.supernets:
     found = candidates(runs, supernet, args.budgets)
     for row in [row for row in found if row['candidate'] == DECODED]:
-      found += rivals(args.job, row, runs)
+      found += rivals(row, runs)
     found.sort(key=lambda row: row['budgets'])
-    inherited(args.job, found, runs)
+    inherited(found, runs)
     rows += found
   for row in rows:
-    row['alone'] = trained_alone(args.job, row, runs, args.steps, args.seeds)
+    row['alone'] = accuracy_alone(args.job, row, runs, args.steps, args.seeds)
   print(table(rows))
   if args.json:
     result = {'steps': args.steps, 'seeds': args.seeds, 'rows': rows}

@@ -90,7 +90,7 @@ def run(
   state = _restore(experiment, workdir)
   wanted = fingerprint.of_answers(experiment, state)
   if mode == 'search' or (
-    mode == 'run' and not _is_searched(workdir, wanted, settings.search)
+    mode == 'run' and not is_searched(workdir, wanted, settings.search)
   ):
     search.search(experiment, evaluator, state, workdir)
     # Process 0 writes what the others read.
@@ -147,7 +147,7 @@ def _searched(
   return results
 
 
-def _is_searched(
+def is_searched(
   workdir: epath.Path,
   wanted: fingerprint.Fingerprint,
   options: config_lib.Search,
