@@ -267,7 +267,12 @@ class Supernet(schema.Section):
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(schema.Section):
-  """AdamW with linear warm-up and cosine decay."""
+  """AdamW with linear warm-up and cosine decay.
+
+  Raises:
+    ValueError: A field is out of its range, or the learning rate would rise
+      from its peak to its end.
+  """
 
   learning_rate: float = key(4e-3, 'Peak learning rate.', above=0)
   final_learning_rate: float = key(
@@ -313,6 +318,14 @@ class Optimizer(schema.Section):
     at_least=0,
     at_most=0.99999,
   )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.final_learning_rate > self.learning_rate:
+      raise ValueError(
+        f'final_learning_rate: wanted at most learning_rate='
+        f'{self.learning_rate}, found {self.final_learning_rate}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,8 +35,6 @@ from focusformer_jax.training import initial_network
 from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import train
 
-RESULTS = 'results.json'
-
 MODES = (
   'run',
   'train',
@@ -117,10 +115,10 @@ def _restore(
 
 def _results(workdir: epath.Path) -> dict[str, Any]:
   """The results of the last search."""
-  path = workdir / RESULTS
+  path = workdir / search.RESULTS
   if not path.exists():
     raise errors.UserError(
-      f'--workdir: wanted {RESULTS} in {workdir}, found none; use '
+      f'--workdir: wanted {search.RESULTS} in {workdir}, found none; use '
       '--mode=search first'
     )
   results = atomic_files.read_json(path)
@@ -137,12 +135,15 @@ def _searched(
   workdir: epath.Path, wanted: fingerprint.Fingerprint
 ) -> dict[str, Any] | None:
   """The results of a search with this fingerprint, if there are any."""
-  if not (workdir / RESULTS).exists():
+  path = workdir / search.RESULTS
+  if not path.exists():
     return None
   results = _results(workdir)
   differs = fingerprint.difference(wanted, results.get('fingerprint', {}))
   if differs:
-    logging.info('%s is out of date: wanted %s', workdir / RESULTS, differs)
+    logging.info(
+      '%s is out of date: wanted %s', workdir / search.RESULTS, differs
+    )
     return None
   return results
 
@@ -169,7 +170,7 @@ def _refuse_stale_results(
   Raises:
     UserError: There is a difference; the message names the first one.
   """
-  path, found = workdir / RESULTS, _results(workdir).get('fingerprint')
+  path, found = workdir / search.RESULTS, _results(workdir).get('fingerprint')
   if found is None:
     raise errors.UserError(
       f'{path}: wanted the fingerprint of what the results depend on, found '

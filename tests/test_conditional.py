@@ -244,7 +244,7 @@ def test_windows_of_coarse_bins_keep_the_upper_bound(weights):
 @pytest.mark.parametrize('name', ['tiny', 'pixels28'])
 def test_draws_never_exceed_their_budgets(name):
   space = search_space.NAMED[name]
-  size = {'pixels8': 8, 'pixels28': 28}.get(name, 224)
+  size = {'tiny': 224, 'pixels28': 28}[name]
   geometry = search_space.Geometry(size, 16 if size == 224 else 4, 3, 10)
   bins = cost_bins.CostBins(cost.macs(space, geometry), max_bins=100)
   weights = conditional.choice_weights(space)

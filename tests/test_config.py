@@ -178,6 +178,11 @@ def test_messages_name_key_domain_and_value(tfds_dir, key, value, wanted):
       'curriculum.subnets: wanted at least 2 for sandwich, found 1',
     ),
     (
+      {'optimizer__learning_rate': 1e-6},
+      'optimizer.final_learning_rate: wanted at most learning_rate=1e-06, '
+      'found 1e-05',
+    ),
+    (
       {'sampler__shrink': True, 'sampler__reward': 'pareto'},
       'sampler.shrink: wanted False with reward=pareto, which is not a mean '
       'over images, found True',

@@ -12,18 +12,21 @@ def logits(*probabilities):
   return jnp.log(jnp.array([probabilities], jnp.float32))
 
 
-def test_divergences_by_hand():
-  teacher, student = logits(0.5, 0.5), logits(0.8, 0.2)
-  kl = 0.5 * np.log(0.5 / 0.8) + 0.5 * np.log(0.5 / 0.2)
-  over = 0.5 * (0.8**2 / 0.5 + 0.2**2 / 0.5 - 1)
-  assert distillation.kl(teacher, student)[0] == pytest.approx(kl, rel=1e-5)
-  assert distillation.alpha(teacher, student)[0] == pytest.approx(
-    max(kl, over), rel=1e-5
-  )
-  # Overconfidence: the teacher doubts what the student is sure of.
-  sure, unsure = logits(0.75, 0.25), logits(0.98, 0.02)
-  assert over != kl
-  assert distillation.alpha(sure, unsure)[0] >= distillation.kl(sure, unsure)[0]
+@pytest.mark.parametrize(
+  ('p', 'q', 'kl', 'alpha'),
+  [
+    # KL is the larger one: (0.8^2 / 0.5 + 0.2^2 / 0.5 - 1) / 2 = 0.18.
+    ((0.5, 0.5), (0.8, 0.2), 0.2231436, 0.2231436),
+    # The student is sure of what the teacher doubts:
+    # (0.6^2 / 0.2 + 0.4^2 / 0.8 - 1) / 2.
+    ((0.2, 0.8), (0.6, 0.4), 0.3347953, 0.5),
+    # The ratio of 7 is clipped: (0.7 * 5 + 0.3^2 / 0.9 - 1) / 2.
+    ((0.1, 0.9), (0.7, 0.3), 0.7941601, 1.3),
+  ],
+)
+def test_divergences_by_hand(p, q, kl, alpha):
+  for loss, wanted in ((distillation.kl, kl), (distillation.alpha, alpha)):
+    assert loss(logits(*p), logits(*q))[0] == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize('name', ['kl', 'alpha'])

@@ -15,6 +15,7 @@ from focusformer_jax import errors
 from focusformer_jax.data import augment
 from focusformer_jax.models import pretrained
 from focusformer_jax.models import vit
+from focusformer_jax.search import fingerprint
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import distillation
 from focusformer_jax.training import experiment as experiment_lib
@@ -313,6 +314,27 @@ def test_features_are_scored_by_distance_and_nearest_neighbor(features):
     np.fill_diagonal(cosine, -2)
     nearest = batch['label'][cosine.argmax(1)]
     assert correct == (nearest == batch['label'][:8]).sum()
+
+
+def test_image_without_another_one_is_not_classified(features):
+  experiment, state = features
+  archs = search_space.stack([experiment.space.largest()])
+  batch = dict(experiment.dataset.split('heldout').batch(np.arange(16)))
+  batch['weight'][1:] = 0
+  found = jax.jit(lambda *args: steps.eval_step(experiment, *args))(
+    state.supernet, archs, batch, state.teacher
+  )
+  assert (found.count.tolist(), found.correct.tolist()) == ([1], [0])
+
+
+def test_accuracy_of_features_depends_on_the_batch(features):
+  settings = features[0].settings
+  data = dataclasses.replace(settings.data, eval_batch_size=8)
+  other = dataclasses.replace(settings, data=data)
+  differs = fingerprint.difference(
+    fingerprint.of_config(settings), fingerprint.of_config(other)
+  )
+  assert differs.startswith('data.eval_batch_size=')
 
 
 def test_features_need_their_own_loss(features, state_dict, tmp_path):

@@ -5,6 +5,7 @@ import json
 import time
 import zlib
 
+from absl import logging
 import jax
 import numpy as np
 import pytest
@@ -365,3 +366,16 @@ def test_probabilities_of_the_sampler_add_up(experiment, evaluator, state):
     for name in ('num_heads', 'mlp_ratio'):
       per_layer = np.sum(row['probability'][name], axis=1)
       np.testing.assert_allclose(per_layer, alive, atol=1e-4)
+
+
+def test_search_warns_of_a_sampler_without_updates(experiment, monkeypatch):
+  found = []
+  monkeypatch.setattr(
+    logging, 'warning', lambda text, *a: found.append(text % a)
+  )
+  settings = experiment.settings
+  search._warn_of_untrained(settings)
+  assert not found
+  uniform = dataclasses.replace(settings.curriculum, name='uniform')
+  search._warn_of_untrained(dataclasses.replace(settings, curriculum=uniform))
+  assert 'wanted config.curriculum.name=focus' in found[0]

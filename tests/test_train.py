@@ -150,6 +150,65 @@ def test_gigamacs_count_every_pass(tfds_dir, distillation, teacher):
   np.testing.assert_allclose(state.gigamacs, 3 * forward / 1e9, rtol=1e-6)
 
 
+def losses_of_a_step(tfds_dir, *variants):
+  """Losses of a sandwich's first step after half of the training."""
+  experiments = [
+    experiment_lib.create(
+      smoke_settings(
+        tfds_dir,
+        curriculum__name='sandwich',
+        curriculum__subnets=2,
+        **changes,
+      ),
+      jax.devices()[:1],
+    )
+    for changes in variants
+  ]
+  state = experiments[0].init_state()
+  state = state.replace(
+    step=state.step + experiments[0].settings.train.steps // 2
+  )
+  batch = first_batches(experiments[0], 1)[0]
+
+  @jax.jit  # Of the losses alone, so that gradients are not compiled.
+  def losses(state, batch):
+    return [
+      steps.supernet_step(experiment, state, batch)[1]['train/loss']
+      for experiment in experiments
+    ]
+
+  return map(float, losses(state, batch))
+
+
+def test_decay_weights_the_losses_of_a_step(tfds_dir):
+  decay = (1.5, 0.5)
+  plain, of_largest, weighted = losses_of_a_step(
+    tfds_dir,
+    {},
+    # So different exponents leave the largest subnet alone.
+    {'curriculum__decay': (100.0, 0.0)},
+    {'curriculum__decay': decay},
+  )
+  of_smallest = 2 * plain - of_largest
+  assert of_smallest != pytest.approx(of_largest, rel=1e-3)
+  # (1 - t/T)^g at t/T = 1/2, relative to the mean of both.
+  small, large = 0.5 ** decay[0], 0.5 ** decay[1]
+  wanted = (small * of_smallest + large * of_largest) / (small + large)
+  assert weighted == pytest.approx(wanted, rel=1e-5)
+
+
+def test_teacher_and_labels_share_the_loss(tfds_dir):
+  labels, teacher, both = losses_of_a_step(
+    tfds_dir,
+    *(
+      {'distillation__loss': 'kl', 'distillation__weight': weight}
+      for weight in (0.0, 1.0, 0.25)
+    ),
+  )
+  assert labels != pytest.approx(teacher, rel=1e-3)
+  assert both == pytest.approx(0.75 * labels + 0.25 * teacher, rel=1e-5)
+
+
 @pytest.fixture(scope='module', params=['vit', 'cnn'])
 def exported(request, tfds_dir, experiment, tmp_path_factory):
   """The directory of a small network of each kind, with new weights."""

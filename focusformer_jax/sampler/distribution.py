@@ -32,8 +32,7 @@ def _log_prob(weights, space, bins, bound, lower, archs):
   embed = archs.embed_dim[:, None]
   spent_AL = jnp.asarray(bins.attention_EH)[embed, archs.num_heads]
   spent_AL += jnp.asarray(bins.mlp_ER)[embed, archs.mlp_ratio]
-  depth_A = jnp.asarray(space.depth)[archs.depth]
-  live_AL = jnp.arange(space.num_layers) < depth_A[:, None]
+  live_AL = space.live_layers(archs.depth)
   spent_A = jnp.sum(jnp.where(live_AL, spent_AL, 0), axis=1)
   at_A = archs.depth, archs.embed_dim
   within_A = spent_A <= bins.bins_left(bound)[at_A]

@@ -46,8 +46,8 @@ def ask_sampler(
   b, hence for b <= b' every candidate for b is a candidate for b', whether b
   and b' are budgets of the grid or not. (The proposals to a b outside the grid
   must stay out: the next larger budget would not have them.) There always is a
-  candidate, the smallest subnet, and no answer to the largest budget is worse
-  than the largest subnet.
+  candidate, the smallest subnet, and no answer to a budget that the largest
+  subnet keeps is worse than the largest subnet.
 
   With `options.candidates` = 0, the candidates for b are the proposals to b,
   and the loss may rise. A single candidate is not scored then.

@@ -27,14 +27,24 @@ def of_config(settings: config_lib.Settings) -> Fingerprint:
   sampler = settings.sampler
   return _json(
     experiment_lib.config_facts(settings)
+    | _config_of_scores(settings)
     | {
-      'data.test': settings.data.test,
-      'supernet.dtype': settings.supernet.dtype,
       'sampler.cost': sampler.cost,
       'sampler.bins': sampler.bins,
       'sampler.window': sampler.window,
     }
   )
+
+
+def _config_of_scores(settings: config_lib.Settings) -> Fingerprint:
+  """What scores depend on beside the facts of a checkpoint."""
+  found = {
+    'data.test': settings.data.test,
+    'supernet.dtype': settings.supernet.dtype,
+  }
+  if not settings.supernet.head:  # Images are compared with their batch.
+    found['data.eval_batch_size'] = settings.data.eval_batch_size
+  return found
 
 
 def of_weights(checksums: Mapping[str, int]) -> Fingerprint:
@@ -58,7 +68,7 @@ def of_scores(
   experiment: experiment_lib.Experiment, state: state_lib.TrainState
 ) -> Fingerprint:
   """What the score of an architecture depends on, beside the architecture."""
-  names = [*experiment.facts(), 'data.test', 'supernet.dtype']
+  names = [*experiment.facts(), *_config_of_scores(experiment.settings)]
   names += ['checkpoint_step', 'weights']
   answers = of_answers(experiment, state)
   return {name: answers[name] for name in names}

@@ -10,16 +10,19 @@ import jax
 import numpy as np
 
 from focusformer_jax import atomic_files
+from focusformer_jax import config as config_lib
 from focusformer_jax import progress
 from focusformer_jax.search import answers
 from focusformer_jax.search import fingerprint
 from focusformer_jax.search import methods
 from focusformer_jax.search import score_cache
 from focusformer_jax.spaces import search_space
+from focusformer_jax.training import curricula
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import state as state_lib
 
+RESULTS = 'results.json'
 SCORES = 'search/scores.jsonl'
 
 
@@ -45,6 +48,7 @@ def search(
   logging.info(
     'searching by %s, for %d budgets', ', '.join(options.method), len(budgets)
   )
+  _warn_of_untrained(experiment.settings)
   timing = {
     'compile_seconds': evaluator.compile(
       state, experiment.dataset.split('heldout')
@@ -103,13 +107,26 @@ def search(
   policy = learned(experiment, evaluator, state)
   if jax.process_index() == 0:
     # So that a kill in between leaves no results beside another search's files.
-    (workdir / 'results.json').unlink(missing_ok=True)
+    (workdir / RESULTS).unlink(missing_ok=True)
     for path, value in (
       (workdir / 'search' / 'timing.json', timing),
       (workdir / 'search' / 'policy.json', policy),
-      (workdir / 'results.json', results),
+      (workdir / RESULTS, results),
     ):
       atomic_files.write_json(path, value)
+
+
+def _warn_of_untrained(settings: config_lib.Settings) -> None:
+  untrained = curricula.warmup_steps(settings) >= settings.train.steps
+  if untrained and 'sampler' in settings.search.method:
+    logging.warning(
+      'the sampler took no update, so its answers are guesses: wanted '
+      'config.curriculum.name=focus with a warmup below 1, or '
+      'config.search.method without sampler, found %s, %s and %s',
+      settings.curriculum.name,
+      settings.curriculum.warmup,
+      settings.search.method,
+    )
 
 
 def _rows(
@@ -146,8 +163,8 @@ def learned(
 
   `probability` of each choice is exact and conditioned on the budget; the
   choices of a layer sum to the probability that the layer is alive, and layers
-  are in network order. `trained` counts the supernet's training steps with each
-  choice.
+  are in network order. `trained` counts the subnets with each choice that the
+  supernet's steps trained.
   """
   space, budgets = experiment.space, experiment.search_budgets
   table = experiment.cost_bins.table

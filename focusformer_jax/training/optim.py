@@ -154,8 +154,8 @@ def supernet_optimizer(
     parts.append(scale_by_layer(settings.layer_decay))
   optimizer = optax.chain(*parts)
   if settings.accumulate > 1:
-    steps = optax.MultiSteps(optimizer, settings.accumulate)
-    optimizer = steps.gradient_transformation()
+    accumulating = optax.MultiSteps(optimizer, settings.accumulate)
+    optimizer = accumulating.gradient_transformation()
   return skip_not_finite(optimizer)
 
 

@@ -21,7 +21,7 @@ class TrainState:
   """Everything a step reads and writes.
 
   Args:
-    step: Number of finished supernet updates, int32.
+    step: Number of finished training steps, int32.
     seed: Seed of the run, uint32. It is part of the state rather than of the
       steps, so that runs that differ in nothing else share compiled programs.
     supernet: Weights of all subnets.
@@ -33,7 +33,7 @@ class TrainState:
       subnets in the form of the policy's output.
     gigamacs: Cost of training so far in 1e9 multiply-adds, of updates (a
       backward pass counts as two forward passes), of all subnets scored and of
-      the teacher.
+      the teacher in updates.
     teacher: Frozen teacher, if one is configured: the initial supernet, whose
       largest subnet teaches, or a separate network.
     shares: How often the curriculum `shift` draws from each part of the cost

@@ -326,10 +326,13 @@ def _score_images(
     cosine_BB = jnp.where(
       padding_or_itself, -jnp.inf, direction_BC @ direction_BC.T
     )
+    nearest_B = jnp.argmax(cosine_BB, -1)
+    # An image without another one has no class.
+    has_other_B = jnp.isfinite(jnp.max(cosine_BB, -1))
     loss_B = distillation.features(teacher_BC, logits_BC)
     return ImageScores(
       loss_B,
-      labels_B[jnp.argmax(cosine_BB, -1)] == labels_B,
+      has_other_B & (labels_B[nearest_B] == labels_B),
       jnp.repeat(loss_B[:, None], len(temperatures), axis=1),
     )
   cross_entropy = optax.softmax_cross_entropy_with_integer_labels
