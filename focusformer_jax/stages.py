@@ -154,8 +154,14 @@ def is_searched(
   options: config_lib.Search,
 ) -> bool:
   """Whether process 0 finds these settings searched; all get its answer."""
-  asked = json.loads(json.dumps(dataclasses.asdict(options)))
-  found = (_searched(workdir, wanted) or {}).get('search') == asked
+  results, found = _searched(workdir, wanted), False
+  if results is not None and 'search' in results:
+    # Results of an older version lack newer keys: they had their defaults.
+    asked, default = (
+      json.loads(json.dumps(dataclasses.asdict(section)))
+      for section in (options, config_lib.Search())
+    )
+    found = default | results['search'] == asked
   return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
 
 

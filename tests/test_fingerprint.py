@@ -96,6 +96,21 @@ def test_results_of_the_same_run_are_reused(
   assert results(workdir) == results(searched)
 
 
+@pytest.mark.parametrize(
+  ('score', 'same'), [('loss', True), ('calibrated_loss', False)]
+)
+def test_keys_that_older_results_lack_had_their_defaults(
+  score, same, experiment, searched, workdir
+):
+  found = results(searched)
+  del found['search']['score']
+  (workdir / 'results.json').write_text(json.dumps(found))
+  state = stages._restore(experiment, workdir)
+  options = dataclasses.replace(experiment.settings.search, score=score)
+  wanted = fingerprint.of_answers(experiment, state)
+  assert stages.is_searched(workdir, wanted, options) == same
+
+
 def test_results_of_other_weights_are_computed_again(
   experiment, searched, workdir, tfds_dir, compiled
 ):
