@@ -652,7 +652,7 @@ class Pretrained(schema.Section):
   num_heads: int | None = key(
     None,
     'Heads of every layer, which the file does not tell; None for heads of 64 '
-    'channels.',
+    'channels, where the width tells.',
     at_least=1,
   )
   pool: str | None = key(

@@ -102,6 +102,7 @@ def test_network_that_only_teaches_is_refused_elsewhere(tmp_path):
   [
     ({'channels': [4, 8, 12]}, r'entries\.2\.bias of shape \(16,\)'),
     ({'geometry': {}}, 'image_size'),
+    ({'blocks': 1}, r'stages\.0\.1.* too'),
   ],
 )
 def test_description_of_another_network_is_refused(tmp_path, change, found):

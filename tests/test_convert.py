@@ -55,16 +55,23 @@ def test_weights_survive_a_round_trip(case, tmp_path):
 
 @pytest.mark.parametrize(
   'key, value',
-  [('registers', 2), ('class_token', False), ('max_relative_position', 0)],
+  [
+    ('registers', 2),
+    ('class_token', False),
+    ('max_relative_position', 0),
+    ('norm_eps', 1e-6),
+    ('num_classes', 0),
+  ],
 )
 def test_network_that_autoformer_cannot_have_is_refused(small, key, value):
   net, archs, _ = small
+  name = {'num_classes': 'head'}.get(key, key)
   geometry = dataclasses.replace(net.geometry, **{key: value})
   values = net.space.to_json(archs[0])
   network = jax.eval_shape(
     lambda: vit.create(values, geometry, pool='mean', rngs=nnx.Rngs(0))
   )
-  with pytest.raises(ValueError, match=rf'^supernet\.{key}: AutoFormer'):
+  with pytest.raises(ValueError, match=rf'^supernet\.{name}: wanted '):
     autoformer.to_autoformer(network)
 
 

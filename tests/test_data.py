@@ -390,14 +390,33 @@ def test_wrong_image_folder_is_refused(folder):
       datasets.open_dataset(settings)
 
 
-def test_image_folder_without_images_is_refused(folder):
-  for path in (folder / 'test').rglob('*.png'):
+@pytest.mark.parametrize(
+  ('part', 'named'), [('test', 'test/<class>'), ('train/dog', 'train/dog,')]
+)
+def test_image_folder_without_images_is_refused(folder, part, named):
+  for path in (folder / part).rglob('*.png'):
     path.unlink()
   settings = data_settings(name='image_folder', dir=str(folder))
   with pytest.raises(
-    errors.UserError, match=r'^config\.data\.dir: wanted images .*/test/<class>'
+    errors.UserError, match=rf'^config\.data\.dir: wanted images .*/{named}'
   ):
     datasets.open_dataset(settings)
+
+
+def test_images_without_labels_are_refused(folder):
+  image = (folder / 'test' / 'cat' / '1.png').read_bytes()
+  source = datasets.Encoded([{'image': image, 'label': -1}], [0], 4, 3, None, 1)
+  with pytest.raises(errors.UserError, match=r'data\.test: .* found -1'):
+    source.batch(np.array([0]))
+
+
+def test_vanished_image_is_named(folder):
+  settings = data_settings(name='image_folder', dir=str(folder), image_size=4)
+  test = datasets.open_dataset(settings).split('test')
+  for path in (folder / 'test').rglob('*.png'):
+    path.unlink()
+  with pytest.raises(errors.UserError, match=r'config\.data\.dir: .*No such'):
+    test.batch(np.array([0]))
 
 
 def test_broken_image_is_named(folder):

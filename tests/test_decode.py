@@ -160,7 +160,7 @@ def test_random_boxes_of_jpegs_decoded_at_a_smaller_scale(
 
 def test_bytes_that_are_no_image_are_refused(photograph):
   half = encode(photograph, 'JPEG')[:20_000]
-  for encoded, found in ((b'hello', '5'), (half, '20,000')):
+  for encoded, found in ((b'', '0'), (b'hello', '5'), (half, '20,000')):
     with pytest.raises(ValueError, match=f'found {found} bytes that are'):
       decoded(encoded, 8, 3)
 

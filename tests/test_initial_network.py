@@ -209,8 +209,8 @@ def without(state_dict, name):
     (
       lambda s: s,
       {'pretrained__num_heads': None},
-      'config.pretrained.num_heads: wanted their number, as the width 16 is '
-      'not a multiple of 64, found None',
+      'config.pretrained.num_heads: wanted their number, which the width 16 '
+      'does not tell, found None',
     ),
     (
       lambda s: s,
@@ -242,6 +242,24 @@ def test_files_that_do_not_fit_are_refused_in_one_line(
   assert str(error.value).startswith(message)
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'work').exists()
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'wanted'), [('num_heads', 2, 4), ('pool', 'mean', 'cls')]
+)
+def test_directory_says_what_a_file_does_not_tell(
+  name, value, wanted, workdir, tmp_path, settings
+):
+  settings = dataclasses.replace(
+    settings,
+    train=dataclasses.replace(settings.train, initial=str(workdir / 'initial')),
+    pretrained=dataclasses.replace(settings.pretrained, **{name: value}),
+  )
+  with pytest.raises(
+    errors.UserError,
+    match=rf'pretrained\.{name}: wanted None or {wanted}, .* found {value}',
+  ):
+    initial_network.settle(settings, epath.Path(tmp_path))
 
 
 def test_run_that_started_from_other_weights_is_not_resumed(tfds_dir, trained):

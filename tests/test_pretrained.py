@@ -165,7 +165,11 @@ def test_epsilon_is_the_librarys():
       'wanted no tensors but those of a plain .* found head_dist.weight',
     ),
     ({'pos_embed': np.zeros((1, 15, 48))}, {}, 'wanted pos_embed for a square'),
-    ({}, {'num_heads': None}, 'num_heads: wanted their number, as the width'),
+    (
+      {},
+      {'num_heads': None},
+      'num_heads: wanted their number, which the width',
+    ),
     ({}, {'num_heads': 5}, 'num_heads: wanted a divisor of the width 48'),
     (
       {},
@@ -216,3 +220,28 @@ def test_positions_are_interpolated_as_by_torch(antialias, wanted):
   found = positions.resize(position, 4, 6, antialias)
   assert found[0] == 7
   np.testing.assert_allclose(found[1::6, 0], wanted, atol=1e-5)
+
+
+def test_offset_counts_in_the_scale_of_positions():
+  """To 3 + 1 of 4 patches, the scale is 1: the first three stay."""
+  squares = jnp.repeat(jnp.arange(4.0) ** 2, 4)[:, None]
+  found = positions.resize(squares, 4, 3, antialias=False, offset=1.0)
+  np.testing.assert_allclose(found[::3, 0], [0, 1, 4], atol=1e-6)
+
+
+def test_libraries_are_told_apart():
+  layer = {'blocks.0.attn.qkv.weight': np.zeros((3, 1))}
+  for names, wanted in (
+    ((), (True, 0.0)),  # timm
+    (('mask_token',), (False, 0.1)),  # DINOv2's repository
+    (('mask_token', 'register_tokens'), (True, 0.0)),
+  ):
+    library, _ = pretrained._recognize(layer | dict.fromkeys(names, 0))
+    assert (library.antialias, library.offset) == wanted
+
+
+@pytest.mark.parametrize('width', [1152, 1280, 1408, 1664])
+def test_heads_of_other_sizes_are_asked_for(width):
+  with pytest.raises(ValueError, match='num_heads: wanted their number'):
+    pretrained._heads(width, None)
+  assert pretrained._heads(width, 16) == 16

@@ -51,8 +51,15 @@ def test_load_gives_what_was_saved(saved):
       {'embed_dim': 8},
       'patch_embed.proj.weight of shape (8, 1, 2, 2), found (12, 1',
     ),
-    ({'num_heads': [2, 2, 2], 'mlp_ratio': [2.5] * 3}, 'found nothing'),
-    ({'num_heads': [2]}, 'found zip() argument 2 is longer'),
+    (
+      {'depth': 3, 'num_heads': [2, 2, 2], 'mlp_ratio': [2.5] * 3},
+      'found nothing',
+    ),
+    ({'num_heads': [2]}, 'num_heads: wanted 2 values, one for each layer'),
+    (
+      {'depth': 1, 'num_heads': [2], 'mlp_ratio': [2.5]},
+      'alone, found blocks.1.',
+    ),
     ({'geometry': {}}, 'missing'),
     ({'pool': 'max'}, "'cls', 'fc_norm'), found 'max'"),
   ],

@@ -4,7 +4,6 @@ Letters: `B` batch.
 """
 
 from collections.abc import Callable, Iterator
-import os
 from typing import Any
 
 from etils import epy
@@ -12,6 +11,7 @@ from jaxtyping import Int
 import numpy as np
 
 from focusformer_jax import errors
+from focusformer_jax import machine
 from focusformer_jax.data import datasets
 
 with epy.lazy_imports():
@@ -121,7 +121,7 @@ def train_batches(
   # The order has no end, so Grain cannot round its length up.
   batches = order.batch(distinct, drop_remainder=True).map_with_index(read)
   if workers < 0:
-    workers = automatic_workers(source, os.cpu_count() or 1)
+    workers = automatic_workers(source, machine.cores())
   return Batches(batches, workers, put)
 
 
@@ -140,7 +140,7 @@ def _read_ahead(
   batches: 'grain.MapDataset', workers: int, put: Put | None
 ) -> 'grain.DatasetIterator':
   """Reads batches ahead in threads or processes, and puts them on devices."""
-  cores = os.cpu_count() or 1
+  cores = machine.cores()
   threads = grain.ReadOptions(
     num_threads=1 if workers else max(2, min(16, cores)), prefetch_buffer_size=8
   )

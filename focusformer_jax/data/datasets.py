@@ -143,7 +143,10 @@ class Encoded:
     labels = np.zeros(len(indices_B), np.int32)
     for i, index in enumerate(indices_B):
       if index >= 0:
-        example = self.example(int(index))
+        try:
+          example = self.example(int(index))
+        except OSError as error:
+          raise errors.UserError(f'config.data.dir: {error}') from error
         rng = (
           None if seed is None else np.random.default_rng([*seed, first + i])
         )
@@ -157,6 +160,11 @@ class Encoded:
             f'config.data.dir: {where}: {error}'
           ) from error
         labels[i] = example['label']
+        if labels[i] < 0:
+          raise errors.UserError(
+            f'config.data.test: wanted a split with labels, found '
+            f'{labels[i]} as a label'
+          )
       else:
         images[i] = 0
     weights = (indices_B >= 0).astype(np.float32)
@@ -214,7 +222,7 @@ class Dataset:
       UserError: There is no such test split, or the held-out share leaves no
         images for the split.
     """
-    # TFDS names no splits of the data sets that it mocks in tests.
+    # None are known of data sets that TFDS mocks.
     if self.splits and self.test not in self.splits:
       raise errors.UserError(
         f'config.data.test: wanted one of the splits {sorted(self.splits)} of '
@@ -371,7 +379,13 @@ def _open_tfds(
     examples = [examples[i] for i in range(len(examples))]
     shape = (len(examples), height, width, channels)
     images = np.array([e['image'] for e in examples], np.uint8).reshape(shape)
-    return Arrays(images, np.array([e['label'] for e in examples], np.int32))
+    labels = np.array([e['label'] for e in examples], np.int32)
+    if labels.min(initial=0) < 0:
+      raise errors.UserError(
+        f'config.data.test: wanted a split with labels, found {labels.min()} '
+        f'as a label in {name}'
+      )
+    return Arrays(images, labels)
 
   return Dataset(
     name=settings.name,
@@ -461,6 +475,13 @@ def _open_folder(
       image_decoding.CENTER_SHARE,
     )
 
+  trained = {label for _, label in listed('train')}
+  empty = [name for i, name in enumerate(classes) if i not in trained]
+  if trained and empty:
+    raise errors.UserError(
+      f'config.data.dir: wanted images ({" ".join(IMAGE_SUFFIXES)}) in '
+      f'{root / "train" / empty[0]}, found none'
+    )
   shown = {'train': listed('train'), settings.test: listed(settings.test)}
   for split, files in shown.items():
     if not files:
@@ -527,8 +548,20 @@ def _prepared_builder(settings: config_lib.Data) -> 'tfds.core.DatasetBuilder':
       f'config.data.name: wanted a data set with an image and a class label '
       f'(features image and label), found {sorted(features)} in {name}'
     )
+  image = features['image']
+  if image.np_dtype != np.uint8 or image.shape[-1] not in (None, 1, 3):
+    raise errors.UserError(
+      f'config.data.name: wanted images of 8 bits with 1 or 3 channels, found '
+      f'{np.dtype(image.np_dtype).name} with {image.shape[-1]} in {name}'
+    )
   if not builder.is_prepared():
     _prepare(builder)
+  # TFDS names no splits of the data sets that it mocks in tests.
+  if (splits := sorted(builder.info.splits)) and 'train' not in splits:
+    raise errors.UserError(
+      f'config.data.name: wanted a data set with a split train, found {splits} '
+      f'in {name}'
+    )
   return builder
 
 

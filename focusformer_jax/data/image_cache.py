@@ -9,7 +9,6 @@ Letters: `N` images.
 from collections.abc import Callable, Sequence
 import errno
 import functools
-import os
 import pathlib
 import secrets
 import shutil
@@ -20,6 +19,7 @@ from jaxtyping import UInt8
 import numpy as np
 
 from focusformer_jax import errors
+from focusformer_jax import machine
 from focusformer_jax import progress
 from focusformer_jax.data import image_decoding
 
@@ -135,7 +135,7 @@ def _write(
   part: pathlib.Path, count: int, decode: Callable[[int], Any]
 ) -> None:
   """Decodes in threads and writes in order."""
-  cores = os.cpu_count() or 1
+  cores = machine.cores()
   decoded = (
     grain.MapDataset.range(count)
     .map(decode)

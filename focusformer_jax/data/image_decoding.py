@@ -105,9 +105,12 @@ def _decode_jpeg(
 def _decode(encoded: bytes, channels: int) -> np.ndarray:
   """Decodes any image to uint8 (height, width, 3), or (height, width)."""
   colors = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-  pixels = cv2.imdecode(
-    np.frombuffer(encoded, np.uint8), colors | cv2.IMREAD_IGNORE_ORIENTATION
-  )
+  try:
+    pixels = cv2.imdecode(
+      np.frombuffer(encoded, np.uint8), colors | cv2.IMREAD_IGNORE_ORIENTATION
+    )
+  except cv2.error:  # No bytes, or too many pixels.
+    pixels = None
   if pixels is None:
     raise ValueError(
       f'wanted an image, found {len(encoded):,} bytes that are not one, or '

@@ -12,7 +12,6 @@ timed, `I` rounds of timing.
 from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
-import os
 import platform
 import time
 from typing import Any
@@ -23,6 +22,7 @@ from jaxtyping import Float
 import numpy as np
 import scipy.optimize
 
+from focusformer_jax import machine
 from focusformer_jax import progress
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
@@ -194,7 +194,4 @@ def device_name() -> str:
   device = jax.local_devices()[0]
   if device.platform != 'cpu':
     return device.device_kind
-  cores = os.cpu_count()
-  if hasattr(os, 'sched_getaffinity'):  # What this process may use of them.
-    cores = len(os.sched_getaffinity(0))
-  return f'{platform.machine()} CPU, cores: {cores}'
+  return f'{platform.machine()} CPU, cores: {machine.cores()}'

@@ -153,20 +153,23 @@ def to_autoformer(network: Network) -> dict[str, np.ndarray]:
       by width, or lacks one that it needs, such as relative positions.
   """
   geometry = network.geometry
-  for key, fits, found in (
-    ('class_token', geometry.class_token, geometry.class_token),
-    ('registers', not geometry.registers, geometry.registers),
+  distance = geometry.max_relative_position
+  for key, fits, wanted, found in (
+    ('class_token', geometry.class_token, 'True', geometry.class_token),
+    ('registers', not geometry.registers, '0', geometry.registers),
+    ('max_relative_position', distance > 0, 'at least 1', distance),
+    ('norm_eps', geometry.norm_eps == 1e-5, '1e-05', geometry.norm_eps),
+    ('head', geometry.num_classes > 0, 'True', geometry.num_classes > 0),
     (
-      'max_relative_position',
-      geometry.max_relative_position > 0,
-      geometry.max_relative_position,
+      'pool',
+      network.head.pool != 'fc_norm',
+      'cls or mean',
+      network.head.pool,
     ),
-    ('head', geometry.num_classes > 0, geometry.num_classes > 0),
-    ('pool', network.head.pool != 'fc_norm', network.head.pool),
   ):
     if not fits:
       raise ValueError(
-        f"supernet.{key}: AutoFormer's networks cannot have {found!r}"
+        f"supernet.{key}: wanted {wanted} for AutoFormer's names, found {found}"
       )
   if layers.count_widths(network):
     raise ValueError(

@@ -52,7 +52,10 @@ def load(directory: epath.Path) -> tuple[Network, int]:
     description = json.loads((directory / vit.DESCRIPTION).read_text())
     arrays = safetensors.numpy.load((directory / vit.WEIGHTS).read_bytes())
     like = jax.eval_shape(lambda: cnn.create(description, nnx.Rngs(0)))
-    for name, param in layers.named_params(like).items():
+    wanted = layers.named_params(like)
+    if more := sorted(arrays.keys() - wanted.keys()):
+      raise ValueError(f'{more[0]} too')
+    for name, param in wanted.items():
       if arrays[name].shape != param.shape:
         raise ValueError(f'{name} of shape {arrays[name].shape}')
     network = layers.replace_params(like, arrays)

@@ -18,6 +18,7 @@ def resize(
   grid: int,
   new_grid: int,
   antialias: bool = True,
+  offset: float = 0.0,
 ) -> Float[Array, 'U D']:
   """Cubic interpolation over the grid; rows before the patches are kept.
 
@@ -28,6 +29,8 @@ def resize(
     antialias: Whether to use Keys' kernel of a = -1/2, widened when the grid
       shrinks, as timm does; else that of a = -3/4 and never widened, as most
       networks of transformers do. Both are PyTorch's bicubic modes.
+    offset: Added to `new_grid` where it is divided by `grid` to give the scale,
+      without `antialias`: 0.1 in the repository of DINOv2.
   """
   split = len(position) - grid**2
   width = position.shape[-1]
@@ -36,21 +39,23 @@ def resize(
     shape = (new_grid, new_grid, width)
     patches = jax.image.resize(patches_GGD, shape, 'cubic')
   else:
-    weights_IG = _cubic_weights(grid, new_grid)
+    weights_IG = _cubic_weights(grid, new_grid, offset)
     patches = jnp.einsum(
       'ig,jh,ghd->ijd', weights_IG, weights_IG, patches_GGD, precision='highest'
     )
   return jnp.concatenate([position[:split], patches.reshape(-1, width)])
 
 
-def _cubic_weights(grid: int, new_grid: int) -> Float[np.ndarray, 'I G']:
+def _cubic_weights(
+  grid: int, new_grid: int, offset: float
+) -> Float[np.ndarray, 'I G']:
   """Weight of each old row in each new one; edges repeat.
 
   The kernel is that of Keys, "Cubic convolution interpolation for digital image
   processing", 1981, section IV, with PyTorch's a = -3/4.
   """
   a, weights_IG = -0.75, np.zeros((new_grid, grid), np.float32)
-  centers = (np.arange(new_grid) + 0.5) * grid / new_grid - 0.5
+  centers = (np.arange(new_grid) + 0.5) * grid / (new_grid + offset) - 0.5
   for offset in (-1, 0, 1, 2):
     rows = np.floor(centers) + offset
     x = np.abs(centers - rows)

@@ -37,6 +37,9 @@ from focusformer_jax.spaces import search_space
 StateDict = weight_files.StateDict
 
 HEAD_DIM = 64
+# Widths of published networks with heads of 72 (SoViT), 80 (ViT-H), 88 (ViT-g)
+# and 104 (ViT-G) channels, though 64 divides them.
+OTHER_HEAD_DIMS = (1152, 1280, 1408, 1664)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +47,19 @@ class Library:
   """How a library writes its vision transformers.
 
   Args:
-    marker: Matches the beginning of a name in every layer of these networks,
-      and of no others.
+    marker: Matches the beginning of a name in these networks, and in none of
+      the libraries that follow.
     renames: Patterns and replacements that give timm's names, used in order.
     norm_eps: Epsilon of its layer normalization.
     antialias: As `positions.resize` takes it.
+    offset: As `positions.resize` takes it.
   """
 
   marker: str
   renames: tuple[tuple[str, str], ...]
   norm_eps: float
   antialias: bool
+  offset: float = 0.0
 
 
 TRANSFORMERS_RENAMES = (
@@ -74,15 +79,26 @@ TRANSFORMERS_RENAMES = (
   (r'^layernorm\.', 'norm.'),
   (r'^classifier\.', 'head.'),
 )
+# As the repositories of DINOv2 and DeiT III name them; timm has other names.
+REPOSITORY_RENAMES = (
+  (r'^register_tokens$', 'reg_token'),
+  (r'\.gamma_([12])$', r'.ls\1.gamma'),
+)
 # The first whose marker matches.
 LIBRARIES = (
-  Library(
+  Library(  # DINOv2's repository, with registers
+    r'register_tokens$', REPOSITORY_RENAMES, norm_eps=1e-6, antialias=True
+  ),
+  Library(  # DINOv2's repository
+    r'mask_token$',
+    REPOSITORY_RENAMES,
+    norm_eps=1e-6,
+    antialias=False,
+    offset=0.1,
+  ),
+  Library(  # timm, and DeiT III's repository
     r'blocks\.\d+\.attn\.(qkv|proj)\.',
-    # As the repositories of DINOv2 and DeiT III name them.
-    (
-      (r'^register_tokens$', 'reg_token'),
-      (r'\.gamma_([12])$', r'.ls\1.gamma'),
-    ),
+    REPOSITORY_RENAMES,
     norm_eps=1e-6,
     antialias=True,
   ),
@@ -279,7 +295,7 @@ def from_pretrained(
   if given not in (None, grid):
     geometry = _resized(geometry, image_size, interpolate)
     ours['stem.position'] = positions.resize(
-      position, grid, geometry.grid, library.antialias
+      position, grid, geometry.grid, library.antialias, library.offset
     )
   network = jax.eval_shape(
     lambda: vit.create(
@@ -327,10 +343,10 @@ def _recognize(state_dict: StateDict) -> tuple[Library, StateDict]:
 
 def _heads(width: int, num_heads: int | None) -> int:
   if num_heads is None:
-    if width % HEAD_DIM:
+    if width % HEAD_DIM or width in OTHER_HEAD_DIMS:
       raise ValueError(
-        f'num_heads: wanted their number, as the width {width} is not a '
-        f'multiple of {HEAD_DIM}, found None'
+        f'num_heads: wanted their number, which the width {width} does not '
+        'tell, found None'
       )
     return width // HEAD_DIM
   if num_heads < 1 or width % num_heads:

@@ -248,6 +248,12 @@ def load(
     arrays = safetensors.numpy.load((directory / weights).read_bytes())
     arrays = int8.dequantize(arrays)
     geometry = search_space.Geometry(**description['geometry'])
+    for name in ('num_heads', 'mlp_ratio'):
+      if len(description[name]) != description['depth']:
+        raise ValueError(
+          f'{name}: wanted {description["depth"]} values, one for each layer, '
+          f'found {len(description[name])}'
+        )
     if (pool := description['pool']) not in layers.POOLS:
       raise ValueError(f'pool: wanted one of {layers.POOLS}, found {pool!r}')
     options = {key: description[key] for key in ('head_dim', 'pool', 'dtype')}
@@ -263,7 +269,13 @@ def load(
   params = layers.named_params(network)
   shapes = {name: param.shape for name, param in params.items()}
   zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-  for name, array in timm.to_timm(zeros, geometry, pool).items():
+  wanted = timm.to_timm(zeros, geometry, pool)
+  if more := sorted(arrays.keys() - wanted.keys()):
+    raise errors.UserError(
+      f'{directory / weights}: wanted the tensors of {directory / DESCRIPTION} '
+      f'alone, found {more[0]} too; write both with --mode=extract'
+    )
+  for name, array in wanted.items():
     found = arrays[name].shape if name in arrays else 'nothing'
     if found != array.shape:
       raise errors.UserError(

@@ -91,7 +91,8 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
     if not isinstance(value, torch.Tensor):
       raise refuse(f'{type(value).__name__} under {name!r}')
   return {
-    name: tensor.to(torch.float32).numpy() for name, tensor in loaded.items()
+    name: tensor.detach().to(torch.float32).numpy()
+    for name, tensor in loaded.items()
   }
 
 

@@ -128,7 +128,16 @@ def _read(settings: config_lib.Settings) -> vit.VisionTransformer | None:
   options, initial = settings.pretrained, epath.Path(settings.train.initial)
   try:
     if initial.is_dir():
-      network, _ = vit.load(initial)
+      network, description = vit.load(initial)
+      for name, wanted in (
+        ('num_heads', description['num_heads'][0]),
+        ('pool', 'cls' if description['pool'] == 'cls' else 'mean'),
+      ):
+        if (found := getattr(options, name)) not in (None, wanted):
+          raise ValueError(
+            f'{name}: wanted None or {wanted}, which {initial} has, found '
+            f'{found}'
+          )
       return network
     state_dict = weight_files.read(initial)
     if autoformer.is_state_dict(state_dict):
