@@ -194,9 +194,11 @@ def main() -> int:
   device = run_apart('device', args)
   if 'error' in device:
     sys.exit(f'error: wanted a device, found {device["error"]}')
+  device |= {'scale': 'small' if args.small else 'full'}
   before = results.setdefault('device', device)
-  for key in ('kind', 'versions'):
-    if before[key] != device[key]:
+  for key in ('kind', 'versions', 'scale'):
+    # Older files do not tell the scale.
+    if before.get(key, device[key]) != device[key]:
       sys.exit(
         f'error: --out: wanted results of {device[key]}, found those of '
         f'{before[key]} in {file}'

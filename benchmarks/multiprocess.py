@@ -158,16 +158,21 @@ def results(workdir: pathlib.Path) -> dict:
   return json.loads((workdir / 'results.json').read_text())
 
 
+def max_or_nan(values: list[float]) -> float:
+  """The largest value, NaN where there is one, and 0 of none."""
+  return float(np.max([0.0, *values]))
+
+
 def deviation(one, other) -> float:
   """Largest difference of floats at equal places; inf if others differ."""
   if (
     isinstance(one, dict) and isinstance(other, dict) and set(one) == set(other)
   ):
-    return max((deviation(one[k], other[k]) for k in one), default=0.0)
+    return max_or_nan([deviation(one[k], other[k]) for k in one])
   if (
     isinstance(one, list) and isinstance(other, list) and len(one) == len(other)
   ):
-    return max(map(deviation, one, other), default=0.0)
+    return max_or_nan(list(map(deviation, one, other)))
   if isinstance(one, float) and isinstance(other, float):
     return abs(one - other)
   return 0.0 if one == other else np.inf
@@ -222,7 +227,7 @@ def layouts(folder: pathlib.Path) -> bool:
     reference = reference or found
     same = len(found[0]) == 2 * STEPS and found[0] == reference[0]
     apart = [deviation(found[i], reference[i]) for i in (1, 2)]
-    held &= same and len(found[1]) == STEPS and max(apart) <= TOLERANCE
+    held &= same and len(found[1]) == STEPS and max_or_nan(apart) <= TOLERANCE
     print(
       f'| {processes} x {devices} | {fsdp} | {"equal" if same else "OTHER"} | '
       f'{apart[0]:.1e} | {apart[1]:.1e} |',
@@ -283,7 +288,7 @@ def preemption(folder: pathlib.Path) -> bool:
   for victim in (0, 1):
     shutil.rmtree(stopped, ignore_errors=True)
     started = start(2, 2, *command, f'--workdir={stopped}')
-    while not losses(stopped):
+    while not losses(stopped) and all(p.poll() is None for p in started):
       time.sleep(0.1)
     started[victim].send_signal(signal.SIGTERM)
     ended = finish(started)

@@ -7,8 +7,8 @@ Runs in an environment of its own, without jax. Reads `train.npz` and `test.npz`
 of the directory, which `pruning.py data` wrote; writes the state dict to
 `vit.safetensors`, and epochs, seconds and test accuracy to `vit.json`. The form
 is that of timm's `vit_tiny_patch16_224`, narrower: pre-norm, class token, exact
-GELU, biases everywhere. The recipe is that of `pruning.RECIPE`: AdamW, linear
-warm-up and cosine, mirrored images.
+GELU, biases everywhere. The recipe: AdamW, linear warm-up and cosine,
+mirrored images.
 """
 
 import argparse

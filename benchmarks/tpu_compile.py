@@ -135,6 +135,12 @@ JOBS = {
 }
 
 
+@functools.cache
+def compiler() -> dict[str, str]:
+  """The version of the compiler, on which rows depend."""
+  return {'libtpu': importlib.metadata.version('libtpu')}
+
+
 def settings(
   case: dict, batch_size: int, data: int, fsdp: int
 ) -> config_lib.Settings:
@@ -315,7 +321,7 @@ def measure(case: dict, dump: pathlib.Path) -> dict:
     experiment = create(case | {'remat': remat})
   row = case | {
     'remat_chosen': remat,
-    'libtpu': importlib.metadata.version('libtpu'),
+    **compiler(),
     'limit_gib': limit,
     'fits': False,
   }
@@ -482,7 +488,10 @@ def main() -> int:
       folder=dump
     )
     for case in cases(args):
-      row = next((row for row in rows if case.items() <= row.items()), None)
+      row = next(
+        (row for row in rows if (case | compiler()).items() <= row.items()),
+        None,
+      )
       if row is None:
         row = measure(case, dump)
         rows.append(row)

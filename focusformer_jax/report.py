@@ -333,11 +333,21 @@ def _configuration(
   """Rows of keys and values: those of the training, or else of the search."""
   rows = dict(_flat(config | {'search': results['search']}))
   searched = results.get('fingerprint', {})
-  for key in ('data.test', 'supernet.dtype', 'sampler.cost', 'sampler.bins'):
+  for key in SEARCHED:
     if key in searched:
       rows[key] = json.dumps(searched[key])
   return [list(row) for row in rows.items()]
 
+
+# Keys that a search may change after the training.
+SEARCHED = (
+  'data.test',
+  'data.eval_batch_size',
+  'supernet.dtype',
+  'sampler.cost',
+  'sampler.bins',
+  'sampler.window',
+)
 
 FILES = {
   'results': 'results.json',

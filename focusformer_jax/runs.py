@@ -333,10 +333,14 @@ def load_run(workdir: epath.PathLike) -> Run:
       'one with python main.py --config=CONFIG --workdir=WORKDIR'
     )
   settings = config_lib.parse(atomic_files.read_json(path))
-  experiment = experiment_lib.create(
-    dataclasses.replace(settings, mesh=config_lib.Mesh(data=-1, fsdp=1)),
-    devices=jax.local_devices()[:1],
+  settings = dataclasses.replace(
+    settings,
+    mesh=config_lib.Mesh(data=-1, fsdp=1),
+    # What suits other devices, or names a file that is elsewhere.
+    supernet=dataclasses.replace(settings.supernet, attention='auto'),
+    extract=config_lib.Extract(),
   )
+  experiment = experiment_lib.create(settings, devices=jax.local_devices()[:1])
   with train_lib.open_checkpoints(experiment, workdir) as checkpoints:
     state = checkpoints.restore(experiment.abstract_state)
   return Run(experiment, state, workdir)

@@ -29,6 +29,7 @@ from focusformer_jax.search import methods
 from focusformer_jax.search import score_cache
 from focusformer_jax.search import search
 from focusformer_jax.spaces import search_space
+from focusformer_jax.training import checkpoint
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import initial_network
@@ -141,9 +142,7 @@ def _searched(
   results = _results(workdir)
   differs = fingerprint.difference(wanted, results.get('fingerprint', {}))
   if differs:
-    logging.info(
-      '%s is out of date: wanted %s', workdir / search.RESULTS, differs
-    )
+    logging.info('%s is out of date: wanted %s', path, differs)
     return None
   return results
 
@@ -274,19 +273,35 @@ def _export(
     archs = _answers(experiment, evaluator, state, budgets, workdir)
   else:
     archs = [_extract(experiment, evaluator, state, wanted, workdir)]
-  weights, networks = _weights(experiment, state), {}
-  if jax.process_index() != 0:
-    return
+  weights = _weights(experiment, state)
+  if jax.process_index() == 0:
+    _write_exports(
+      experiment, int(state.step), weights, budgets, archs, workdir
+    )
+  # One that ends early would stop the others.
+  checkpoint.wait_for_all('exported')
+
+
+def _write_exports(
+  experiment: experiment_lib.Experiment,
+  step: int,
+  weights: supernet_lib.Supernet,
+  budgets: Sequence[int],
+  archs: Sequence[search_space.Architecture],
+  workdir: epath.Path,
+) -> None:
+  """Writes each network once, and the demo of all, in this process."""
+  networks = {}
   for arch in archs:
     description = experiment.space.describe(arch)
     if description in networks:  # The answer to several budgets.
       continue
     network = jax.device_put(vit.extract(weights, arch))
     networks[description] = export.export(
-      experiment, network, arch, int(state.step), workdir / 'export'
+      experiment, network, arch, step, workdir / 'export'
     )
     print(networks[description].directory)
-  if options.demo:
+  if experiment.settings.export.demo:
     answers = zip(budgets, archs, strict=True)
     rows = [(b, networks[experiment.space.describe(a)]) for b, a in answers]
     print(demo.write(experiment, rows, workdir / 'export' / 'demo'))

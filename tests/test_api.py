@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+import shutil
 import subprocess
 import sys
 
@@ -255,6 +257,15 @@ def test_run_without_a_checkpoint_is_one_line(trained, tmp_path):
   with pytest.raises(ff.UserError, match='wanted a checkpoint') as caught:
     ff.load_run(tmp_path)
   assert '\n' not in str(caught.value)
+
+
+def test_run_is_loaded_whatever_it_was_trained_on(trained, tmp_path):
+  shutil.copytree(trained / 'checkpoints', tmp_path / 'checkpoints')
+  config = json.loads((trained / 'config.json').read_text())
+  config['supernet']['attention'] = 'pallas'
+  config['extract']['architecture'] = 'a/file/that/is/elsewhere.json'
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  assert ff.load_run(tmp_path).experiment.attention == 'einsum'
 
 
 def test_settings_are_read_back_from_a_workdir(run, experiment):

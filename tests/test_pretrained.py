@@ -60,6 +60,13 @@ def test_parity_exits_1_above_the_tolerance(tmp_path, monkeypatch):
   assert pretrained_parity.main([str(tmp_path / 'case')]) == 1
 
 
+def test_parity_exits_1_where_a_number_is_none(monkeypatch):
+  monkeypatch.setattr(
+    pretrained_parity, 'compare', lambda _: {'logits': 0.0, 'features': np.nan}
+  )
+  assert pretrained_parity.main(['case']) == 1
+
+
 def test_supernet_around_a_network_extracts_it_unchanged():
   wanted = network('timm_deit')
   supernet = pretrained.as_supernet(wanted)

@@ -81,13 +81,14 @@ def test_page_shows_the_files_of_the_run(workdir, page, experiment):
   assert found['policy']['checkpoint_step'] == 0
 
 
-def test_page_shows_the_cost_of_the_search_not_of_the_training(workdir):
+def test_page_shows_the_keys_of_the_search_not_of_the_training(workdir):
   found = json.loads((workdir / 'report/report.json').read_text())
   results = found['results']
   assert results['fingerprint']['sampler.cost'] == 'macs'
-  results['fingerprint']['sampler.cost'] = 'params'
+  results['fingerprint'] |= {'sampler.cost': 'params', 'sampler.window': 0.5}
   rows = dict(report._configuration(found['config'], results))
   assert rows['sampler.cost'] == '"params"'
+  assert rows['sampler.window'] == '0.5'
   assert rows['sampler.reward'] == '"loss"'
   assert rows['search.random'] == '4'
 

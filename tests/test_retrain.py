@@ -118,6 +118,15 @@ def test_transfer_to_a_larger_grid_changes_positions_alone(network):
     if param.shape != names[name].shape
   }
   assert changed == {'stem.position'}
+  assert_equal(found.head, network.head)
+  moved = retrain.carried_distances(grid=4, max_distance=14)
+  for old, new in zip(network.blocks, found.blocks, strict=True):
+    assert_equal(new.mlp, old.mlp)
+    assert_equal(new.attention.query, old.attention.query)
+    for name in ('position_key', 'position_value'):
+      before = getattr(old.attention, name).rows.get_value()
+      after = getattr(new.attention, name).rows.get_value()
+      np.testing.assert_array_equal(after, before[moved])
   images = jax.ShapeDtypeStruct((1, 12, 12, 1), np.float32)
   assert jax.eval_shape(logits, found, images).shape == (1, 10)
 

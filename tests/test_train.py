@@ -454,16 +454,25 @@ def test_training_stops_after_updates_that_are_not_finite(
     train.train(experiment, evaluate.Evaluator(experiment), tmp_path)
 
 
+# Later steps take a batch for the sampler, too.
+@pytest.mark.parametrize(('step', 'batch'), [(5, 6), (8, 13)])
 def test_sigterm_finishes_the_step_and_saves(
-  experiment, evaluator, trained, tmp_path, monkeypatch, on_taking_batch
+  step,
+  batch,
+  experiment,
+  evaluator,
+  trained,
+  tmp_path,
+  monkeypatch,
+  on_taking_batch,
 ):
-  def signal_in_step_five(taken):
-    if taken == 6:
+  def signal_in_step(taken):
+    if taken == batch:
       os.kill(os.getpid(), signal.SIGTERM)
 
   before = signal.getsignal(signal.SIGTERM)
-  on_taking_batch(signal_in_step_five)
-  with pytest.raises(loop.Preempted, match='at step 5; saved'):
+  on_taking_batch(signal_in_step)
+  with pytest.raises(loop.Preempted, match=f'at step {step}; saved'):
     train.train(experiment, evaluator, tmp_path)
   monkeypatch.undo()
   assert signal.getsignal(signal.SIGTERM) == before
@@ -556,6 +565,22 @@ def test_debug_trace_refuses_a_bucket():
     loop._tracing(epath.Path('gs://bucket/trace'), 0, 40),
   ):
     pass
+
+
+def test_longer_training_is_not_called_a_shorter_one(
+  tfds_dir, evaluator, trained, tmp_path
+):
+  shutil.copytree(trained, tmp_path / 'run')
+  config = (tmp_path / 'run' / 'config.json').read_text()
+  experiment = experiment_lib.create(
+    smoke_settings(tfds_dir, train__steps=5), jax.devices()[:1]
+  )
+  with pytest.raises(
+    errors.UserError,
+    match=r'config\.train\.steps: wanted at least the 8 steps of',
+  ):
+    train.train(experiment, evaluator, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'config.json').read_text() == config
 
 
 def test_debug_nans_names_the_operation(tfds_dir, tmp_path, monkeypatch):

@@ -87,7 +87,9 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
 
   Raises:
     UserError: There is no network, it does not fit the images, the checkpoint
-      is of another run, or too many updates in a row were not finite.
+      is of another run or a longer one, or too many updates in a row were not
+      finite.
+    FloatingPointError: An operation gave NaN, with `config.debug.nans`.
     loop.Preempted: SIGTERM came; a checkpoint is written.
   """
   convolutional = settings.retrain.network == cnn.KIND
@@ -114,12 +116,15 @@ def retrain(settings: config_lib.Settings, workdir: epath.Path) -> None:
   facts = _facts(experiment, origin)
   folder = workdir / 'retrain'
   checkpoint.claim(workdir)
-  with checkpoint.Checkpoints(
-    folder / train.CHECKPOINTS,
-    facts,
-    settings.train.keep_checkpoints,
-    tidy=True,
-  ) as checkpoints:
+  with (
+    checkpoint.Checkpoints(
+      folder / train.CHECKPOINTS,
+      facts,
+      settings.train.keep_checkpoints,
+      tidy=True,
+    ) as checkpoints,
+    jax.debug_nans(settings.debug.nans),
+  ):
     state = _train(experiment, evaluator, start, checkpoints, folder)
 
   logging.info('scoring the network before and after')
@@ -333,6 +338,7 @@ def _train(
   if checkpoints.latest_step is not None:
     state = checkpoints.restore(state, streams)
     logging.info('resuming retraining at step %d', int(state.step))
+    loop.refuse_fewer_steps('config.retrain.steps', recipe.steps, state.step)
   batch = experiment.abstract_batch(settings.data.batch_size)
   compiled = loop.compile_step(experiment, retrain_step, state, batch)
 

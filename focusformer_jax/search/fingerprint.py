@@ -47,6 +47,12 @@ def _config_of_scores(settings: config_lib.Settings) -> Fingerprint:
   return found
 
 
+def _neighbors(experiment: experiment_lib.Experiment) -> Fingerprint:
+  """Networks without classes compare images with those of their device."""
+  head = experiment.settings.supernet.head
+  return {} if head else {'devices': experiment.mesh.size}
+
+
 def of_weights(checksums: Mapping[str, int]) -> Fingerprint:
   """The part of `of_answers` that follows from the trained weights.
 
@@ -69,7 +75,7 @@ def of_scores(
 ) -> Fingerprint:
   """What the score of an architecture depends on, beside the architecture."""
   names = [*experiment.facts(), *_config_of_scores(experiment.settings)]
-  names += ['checkpoint_step', 'weights']
+  names += [*_neighbors(experiment), 'checkpoint_step', 'weights']
   answers = of_answers(experiment, state)
   return {name: answers[name] for name in names}
 
@@ -81,6 +87,7 @@ def of_answers(
   return (
     _json(experiment.facts())
     | of_config(experiment.settings)
+    | _neighbors(experiment)
     | {'costs': {name: _entries(t) for name, t in experiment.tables.items()}}
     | {'checkpoint_step': int(state.step)}
     | of_weights(checkpoint.checksums(state))

@@ -126,7 +126,28 @@ def loop(
         if name in latest
       ]
       show(step, ', '.join(figures), line=line)
+    if preempted(total + 1):
+      checkpoints.wait()
+      raise Preempted(f'stopped by SIGTERM at step {total}; saved')
   return state
+
+
+def refuse_fewer_steps(key: str, wanted: int, done: jax.Array) -> None:
+  """Refuses to call a longer training a shorter one.
+
+  Args:
+    key: The config key of `wanted`.
+    wanted: Steps of the training.
+    done: Steps of its newest checkpoint.
+
+  Raises:
+    UserError: There are more.
+  """
+  if done > wanted:
+    raise errors.UserError(
+      f'{key}: wanted at least the {int(done)} steps of the newest checkpoint, '
+      f'found {wanted}; use another --workdir for fewer'
+    )
 
 
 @contextlib.contextmanager

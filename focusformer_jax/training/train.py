@@ -134,9 +134,9 @@ def train(
     workdir: Where checkpoints and metrics go.
 
   Raises:
-    UserError: The workdir cannot be written, the checkpoint is of another run,
-      the initial weights do not fit, or too many updates in a row were not
-      finite.
+    UserError: The workdir cannot be written, the checkpoint is of another run
+      or a longer one, the initial weights do not fit, or too many updates in a
+      row were not finite.
     FloatingPointError: An operation gave NaN, with `config.debug.nans`.
     loop.Preempted: SIGTERM came; a checkpoint is written.
   """
@@ -159,7 +159,11 @@ def train(
       state = checkpoints.restore(experiment.abstract_state, streams)
       _check_teacher(experiment, state, workdir)
       logging.info('resuming %s at step %d', workdir, int(state.step))
-    describe_run(experiment, workdir)
+      loop.refuse_fewer_steps(
+        'config.train.steps', settings.train.steps, state.step
+      )
+    if state.step < settings.train.steps:  # Else it says how it was trained.
+      describe_run(experiment, workdir)
 
     # Two programs own the state; the evaluator's only look at it. Where the
     # supernet does not learn, every step is the sampler's and one program does.
