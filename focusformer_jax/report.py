@@ -327,6 +327,17 @@ def _flat(values: dict[str, Any], prefix: str = '') -> list[list[str]]:
   return rows
 
 
+# Keys that a search may change after the training.
+SEARCHED = (
+  'data.test',
+  'data.eval_batch_size',
+  'supernet.dtype',
+  'sampler.cost',
+  'sampler.bins',
+  'sampler.window',
+)
+
+
 def _configuration(
   config: dict[str, Any], results: dict[str, Any]
 ) -> list[list[str]]:
@@ -338,16 +349,6 @@ def _configuration(
       rows[key] = json.dumps(searched[key])
   return [list(row) for row in rows.items()]
 
-
-# Keys that a search may change after the training.
-SEARCHED = (
-  'data.test',
-  'data.eval_batch_size',
-  'supernet.dtype',
-  'sampler.cost',
-  'sampler.bins',
-  'sampler.window',
-)
 
 FILES = {
   'results': 'results.json',

@@ -56,8 +56,8 @@ def _cubic_weights(
   """
   a, weights_IG = -0.75, np.zeros((new_grid, grid), np.float32)
   centers = (np.arange(new_grid) + 0.5) * grid / (new_grid + offset) - 0.5
-  for offset in (-1, 0, 1, 2):
-    rows = np.floor(centers) + offset
+  for step in (-1, 0, 1, 2):
+    rows = np.floor(centers) + step
     x = np.abs(centers - rows)
     near = ((a + 2) * x - (a + 3)) * x**2 + 1
     far = a * (((x - 5) * x + 8) * x - 4)
