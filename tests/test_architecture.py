@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 ORDER = (
   'errors',
   'atomic_files',
+  'machine',
   'text_table',
   'schema',
   'progress',
