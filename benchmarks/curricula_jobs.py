@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 import dataclasses
+import functools
 import pathlib
 import runpy
 from typing import Any
@@ -100,14 +101,15 @@ def find_job(name: str) -> Job:
     raise argparse.ArgumentTypeError(
       f'wanted a function get_config in {path}, found none'
     )
-  cost = get_config(*([variant] if variant else [])).sampler.cost
-  if cost != 'macs':
+  if variant:
+    get_config = functools.partial(get_config, variant)
+  if (cost := get_config().sampler.cost) != 'macs':
     raise argparse.ArgumentTypeError(
       f'wanted config.sampler.cost=macs in {path}, found {cost}'
     )
   # `config` keeps its runs apart from those of a job in `JOBS`.
   name = '_'.join(filter(None, ('config', pathlib.Path(path).stem, variant)))
-  return Job(name, lambda: get_config(*([variant] if variant else [])))
+  return Job(name, get_config)
 
 
 # Stands for the directory of a trained CNN, which `curricula.py` fills in.

@@ -32,6 +32,7 @@ from benchmarks import curricula
 from benchmarks import curricula_alone as alone
 from benchmarks import curricula_jobs as jobs
 from benchmarks import curricula_tables as tables
+from focusformer_jax import errors
 from focusformer_jax import runs as runs_lib
 from focusformer_jax.training import evaluate
 
@@ -209,4 +210,7 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  try:
+    main()
+  except errors.UserError as error:
+    sys.exit(f'error: {error}')

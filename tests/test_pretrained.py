@@ -60,7 +60,7 @@ def test_parity_exits_1_above_the_tolerance(tmp_path, monkeypatch):
   assert pretrained_parity.main([str(tmp_path / 'case')]) == 1
 
 
-def test_parity_exits_1_where_a_number_is_none(monkeypatch):
+def test_parity_exits_1_where_a_deviation_is_nan(monkeypatch):
   monkeypatch.setattr(
     pretrained_parity, 'compare', lambda _: {'logits': 0.0, 'features': np.nan}
   )
