@@ -179,7 +179,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, windows': {'sampler.window': 0.8},
   'focus, strata': {'share': 1.2, 'curriculum.strata': True},
   'focus, largest 0.1': {'share': 1.19, 'curriculum.largest': 0.1},
-  'focus, decay': {'share': 1.26, 'curriculum.decay': (1.5, 0.5)},
+  'focus, decay': {'share': 1.22, 'curriculum.decay': (1.5, 0.5)},
   'focus, target entropy': {
     'share': 1.19,
     'sampler.target_entropy': 0.6,
@@ -189,7 +189,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, tilt 1': {'share': 1.15, 'curriculum.tilt': 1.0},
   'focus, warm-up 0.2': {'share': 1.37, 'curriculum.warmup': 0.2},
   'focus, epsilon 0.2 to 0': {'share': 1.2, 'curriculum.final_epsilon': 0.0},
-  'focus, accuracy': {'share': 1.2, 'sampler.reward': 'accuracy'},
+  'focus, accuracy': {'share': 1.24, 'sampler.reward': 'accuracy'},
   'focus, MnasNet': {'share': 1.61, 'sampler.reward': 'mnasnet'},
   'focus, Pareto rank': {
     'share': 1.53,
@@ -208,7 +208,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
   'focus, linear budgets': {'share': 1.04, 'sampler.budgets': 'linear'},
   'focus, distillation': {'share': 0.28, 'distillation.loss': 'kl'},
   'focus, untouched held': {'share': 1.2, 'optimizer.hold_untouched': True},
-  'focus, average': {'share': 1.2, 'optimizer.ema': 0.998},
+  'focus, average': {'share': 1.165, 'optimizer.ema': 0.998},
   'focus, norms by width': {'share': 1.2, 'supernet.norms_by_width': True},
 }
 
