@@ -45,6 +45,7 @@ from scipy import stats
 from benchmarks import curricula_alone as alone
 from benchmarks import curricula_jobs as jobs
 from benchmarks import curricula_tables as tables
+from focusformer_jax import atomic_files
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax import stages
@@ -255,7 +256,11 @@ def main():
   if 'focus' in summaries and len(summaries) > 1:
     print('\nLead in points of test accuracy (in standard errors):\n')
     print(tables.leads(summaries, 'focus'))
-  result = {'seeds': list(range(args.seeds)), 'curricula': summaries}
+  result = {
+    'job': args.job.name,
+    'seeds': list(range(args.seeds)),
+    'curricula': summaries,
+  }
   if args.alone:
     seeds = {name: runs[name][: args.alone_seeds] for name in args.alone_of}
     compared = alone.compare(
@@ -267,7 +272,7 @@ def main():
       print(f'\nWhat {name} proposes, inherited and alone:\n')
       print(tables.alone_table(rows))
   if args.json:
-    args.json.write_text(json.dumps(result, indent=2) + '\n')
+    atomic_files.write_json(args.json, result)
     tables.plot(summaries, args.json.with_suffix('.png'), args.job.name)
 
 

@@ -18,9 +18,7 @@ from focusformer_jax import atomic_files
 from focusformer_jax import runs as runs_lib
 from focusformer_jax.deploy import retrain
 from focusformer_jax.models import vit
-from focusformer_jax.search import score_cache
 from focusformer_jax.spaces import search_space
-from focusformer_jax.training import evaluate
 from focusformer_jax.training import steps as steps_lib
 
 # Networks that share the multiply-adds of one supernet.
@@ -139,9 +137,7 @@ def _tau(
   alone: Sequence[float],
 ) -> float:
   """Kendall's tau of test accuracies inherited and alone; NaN for one."""
-  evaluator = evaluate.Evaluator(supernet.experiment)
-  scorer = score_cache.Scorer(supernet.experiment, evaluator, supernet.state)
-  inherited = [score.accuracy for score in scorer.test(archs)]
+  inherited = [score.accuracy for score in supernet.score(archs, 'test')]
   return float(stats.kendalltau(inherited, alone).statistic)
 
 

@@ -34,7 +34,6 @@ from benchmarks import curricula_tables as tables
 from focusformer_jax import runs as runs_lib
 from focusformer_jax.models import vit
 from focusformer_jax.spaces import search_space
-from focusformer_jax.training import evaluate
 
 
 class Alone(NamedTuple):
@@ -88,10 +87,7 @@ def main():
     print(name, flush=True)
     run = runs_lib.load_run(path)
     archs = [run.space.from_json(network.values) for network in networks]
-    scores = evaluate.Evaluator(run.experiment).score(
-      run.state.evaluated, archs, run.dataset.split('test'), run.state.teacher
-    )
-    inherited = [score.accuracy for score in scores]
+    inherited = [score.accuracy for score in run.score(archs, 'test')]
     costs = [run.experiment.cost_bins.table.of(arch) for arch in archs]
     rows.append(inherited)
     gained = np.subtract(inherited, alone)

@@ -1,6 +1,6 @@
 """Tests whether a supernet ranks networks as training each alone does.
 
-  JAX_NUM_CPU_DEVICES=2 python benchmarks/from_scratch.py --job fashion_mnist \
+  JAX_NUM_CPU_DEVICES=1 python benchmarks/from_scratch.py --job fashion_mnist \
       --workdir /tmp/curricula --json from_scratch.json
 
 Reads the finished runs of `benchmarks/curricula.py` from its workdir. For some
@@ -14,6 +14,7 @@ supernet. A repeated command resumes.
 
 import argparse
 import collections
+import functools
 import json
 import os
 import pathlib
@@ -32,11 +33,15 @@ from benchmarks import curricula
 from benchmarks import curricula_alone as alone
 from benchmarks import curricula_jobs as jobs
 from benchmarks import curricula_tables as tables
+from focusformer_jax import atomic_files
 from focusformer_jax import errors
 from focusformer_jax import runs as runs_lib
 from focusformer_jax.training import evaluate
 
 DECODED = 'focus, decoded'
+
+# A supernet is asked for several networks.
+load_run = functools.cache(runs_lib.load_run)
 
 # Networks to train: curriculum and search method that found each of them.
 CANDIDATES = {
@@ -80,10 +85,11 @@ def candidates(
 
 def rivals(row: dict[str, Any], runs: pathlib.Path) -> list[dict[str, Any]]:
   """The two best networks of equal cost but other depth or width."""
-  run = runs_lib.load_run(runs / f'uniform-{row["supernet"]}')
-  experiment, state = run.experiment, run.state
-  evaluator, table = evaluate.Evaluator(experiment), experiment.cost_bins.table
-  drawn = evaluator.draw(np.random.default_rng(0), row['macs'], DRAWN)
+  run = load_run(runs / f'uniform-{row["supernet"]}')
+  experiment, table = run.experiment, run.experiment.cost_bins.table
+  drawn = evaluate.Evaluator(experiment).draw(
+    np.random.default_rng(0), row['macs'], DRAWN
+  )
   by_shape = collections.defaultdict(list)
   for arch in drawn:
     values = experiment.space.to_json(arch)
@@ -96,10 +102,8 @@ def rivals(row: dict[str, Any], runs: pathlib.Path) -> list[dict[str, Any]]:
   for group in by_shape.values():
     archs = [experiment.space.from_json(values) for values in group[:SCORED]]
     if archs:
-      scores = evaluator.score(
-        state.evaluated, archs, experiment.dataset.split('heldout')
-      )
-      best.append(min(zip(scores, archs, strict=True), key=lambda p: p[0].loss))
+      scored = zip(run.score(archs), archs, strict=True)
+      best.append(min(scored, key=lambda pair: pair[0].loss))
   best.sort(key=lambda pair: pair[0].loss)
   return [
     row
@@ -115,12 +119,9 @@ def rivals(row: dict[str, Any], runs: pathlib.Path) -> list[dict[str, Any]]:
 def inherited(rows: list[dict[str, Any]], runs: pathlib.Path) -> None:
   """Adds test accuracies with the inherited weights of one seed's supernets."""
   for curriculum in ('focus', 'uniform'):
-    run = runs_lib.load_run(runs / f'{curriculum}-{rows[0]["supernet"]}')
+    run = load_run(runs / f'{curriculum}-{rows[0]["supernet"]}')
     archs = [run.space.from_json(row['architecture']) for row in rows]
-    scores = evaluate.Evaluator(run.experiment).score(
-      run.state.evaluated, archs, run.dataset.split('test')
-    )
-    for row, score in zip(rows, scores, strict=True):
+    for row, score in zip(rows, run.score(archs, 'test'), strict=True):
       row[f'inherited_{curriculum}'] = score.accuracy
 
 
@@ -132,7 +133,7 @@ def accuracy_alone(
   seeds: int,
 ) -> dict[str, float | None]:
   """Mean test accuracy over seeds; rows of one architecture share trainings."""
-  supernet = runs_lib.load_run(runs / f'uniform-{row["supernet"]}')
+  supernet = load_run(runs / f'uniform-{row["supernet"]}')
   folder = epath.Path(runs / 'alone')
   network = alone.save_network(supernet, row['architecture'], folder)
   return curricula.mean_and_error(
@@ -206,7 +207,7 @@ def main():
   print(table(rows))
   if args.json:
     result = {'steps': args.steps, 'seeds': args.seeds, 'rows': rows}
-    args.json.write_text(json.dumps(result, indent=2) + '\n')
+    atomic_files.write_json(args.json, result)
 
 
 if __name__ == '__main__':

@@ -24,7 +24,6 @@ from concurrent import futures
 import dataclasses
 import functools
 import io
-import json
 import os
 import pathlib
 import statistics
@@ -46,7 +45,9 @@ import tensorflow_datasets as tfds
 
 from configs import cifar100
 from configs import imagenet2012
+from focusformer_jax import atomic_files
 from focusformer_jax import config as config_lib
+from focusformer_jax import machine
 from focusformer_jax import sharding
 from focusformer_jax.data import augment
 from focusformer_jax.data import batches as batches_lib
@@ -60,7 +61,7 @@ SIZE, BATCH, AREA = 224, 64, (0.08, 1.0)
 CACHE_SIDES = (256, 128)
 # Recipes, and images in a step.
 STEPS_TIMED = ((cifar100, 128), (imagenet2012, 16))
-CORES = os.cpu_count() or 1
+CORES = machine.cores()
 
 
 def rate(batches, seconds: float) -> float:
@@ -283,7 +284,7 @@ def main():
       'jpeg_of_tfdata': side_by_side,
       'augmentation_share_of_step': shares,
     }
-    args.json.write_text(json.dumps(result, indent=2) + '\n')
+    atomic_files.write_json(args.json, result)
 
 
 if __name__ == '__main__':

@@ -139,16 +139,21 @@ def gradient_errors(prefix: str, execution: str) -> Iterator[tuple[str, float]]:
         yield name, relative_error(one, other)
 
 
+def case_errors(prefix: str, execution: str) -> Iterator[tuple[str, float]]:
+  """(name, relative error) of whatever a case holds: gradients or logits."""
+  of_gradients = 'items' in read_json(f'{prefix}.json')
+  return (gradient_errors if of_gradients else logit_errors)(prefix, execution)
+
+
 def main(prefixes: Sequence[str]) -> int:
   worst = 0.0
   for prefix in prefixes:
     case = read_json(f'{prefix}.json')
-    errors = gradient_errors if 'items' in case else logit_errors
     subnets = case.get('items') or case['subnets']
     for execution in supernet_lib.EXECUTIONS:
       largest: dict[str, float] = {}
       with jax.default_matmul_precision('float32'):
-        for name, error in errors(prefix, execution):
+        for name, error in case_errors(prefix, execution):
           # A NaN is the largest of all.
           largest[name] = float(np.maximum(largest.get(name, 0.0), error))
       print(f'{prefix}: {execution}: {len(subnets)} subnets, relative errors')

@@ -43,6 +43,7 @@ import jax
 import numpy as np
 
 from configs import elastic
+from focusformer_jax import atomic_files
 from focusformer_jax import config as config_lib
 from focusformer_jax import runs
 from focusformer_jax import stages
@@ -104,7 +105,7 @@ def kept(
 ) -> list[dict[str, Any]]:
   """Rows of a part that is done, or computed now."""
   if not path.exists():
-    path.write_text(json.dumps(rows()))
+    atomic_files.write_json(path, rows())
   return json.loads(path.read_text())
 
 
@@ -326,8 +327,7 @@ def main():
       rows.append(alone(args, answer, original['steps']))
       print(table(rows), flush=True)
   if args.json:
-    text = json.dumps({'original': original, 'rows': rows}, indent=2)
-    args.json.write_text(text + '\n')
+    atomic_files.write_json(args.json, {'original': original, 'rows': rows})
 
 
 if __name__ == '__main__':

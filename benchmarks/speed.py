@@ -30,7 +30,6 @@ is the median ratio of neighboring rounds, above 1 where ours is faster.
 import argparse
 import collections
 import json
-import os
 import pathlib
 import shlex
 import subprocess
@@ -45,6 +44,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from focusformer_jax import atomic_files
+from focusformer_jax import machine
 from focusformer_jax import sharding
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.spaces import cost
@@ -66,7 +67,7 @@ SUBNETS = {
 # (rows, inner, columns) and repetitions, about 20 ms each.
 MATMULS = (((3152, 240, 960), 3), ((2048, 2048, 2048), 1))
 
-jax.config.update('jax_num_cpu_devices', os.cpu_count())
+jax.config.update('jax_num_cpu_devices', machine.cores())
 
 
 def split(mesh, tree):
@@ -313,7 +314,7 @@ def main():
   rows = table(programs, seconds, float(np.median(rates)), ratios)
   executions_compared(programs, seconds)
   if args.json:
-    args.json.write_text(json.dumps({'rows': rows}, indent=2) + '\n')
+    atomic_files.write_json(args.json, {'rows': rows})
 
 
 if __name__ == '__main__':

@@ -146,7 +146,7 @@ def train_seconds(size, patch, case, subnet):
 
 
 def main(geometry, case):
-  torch.set_num_threads(os.cpu_count())
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
   torch.manual_seed(0)
   size, patch = map(int, geometry.split('/'))
   case = json.loads(case)

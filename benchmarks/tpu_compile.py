@@ -59,6 +59,7 @@ from jax.experimental import topologies
 from benchmarks import tpu_estimates
 from configs import cifar100
 from configs import imagenet2012
+from focusformer_jax import atomic_files
 from focusformer_jax import config as config_lib
 from focusformer_jax import sharding
 from focusformer_jax.data import randaugment
@@ -496,7 +497,7 @@ def main() -> int:
         row = measure(case, dump)
         rows.append(row)
         if args.json:
-          args.json.write_text(json.dumps({'rows': rows}, indent=2) + '\n')
+          atomic_files.write_json(args.json, {'rows': rows})
       shown.append(row)
       print(f'compiled {len(shown)}: {case}', file=sys.stderr)
   for cells in (memory_cells, time_cells):

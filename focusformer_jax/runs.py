@@ -214,6 +214,29 @@ class Run:
       )
     ]
 
+  def score(
+    self,
+    networks: Sequence[Answer | search_space.Architecture],
+    split: str = 'heldout',
+  ) -> list[evaluate.Score]:
+    """Mean loss and accuracy of subnets, with the weights they inherit.
+
+    Args:
+      networks: Answers or architectures; each is scored once per run.
+      split: `heldout`, by which answers are chosen, or `test`, by which nothing
+        may be chosen.
+
+    Raises:
+      ValueError: The split is another.
+    """
+    archs = [_architecture(network) for network in networks]
+    match split:
+      case 'heldout':
+        return self._scorer.heldout(archs)
+      case 'test':
+        return self._scorer.test(archs)
+    raise ValueError(f'split: wanted heldout or test, found {split}')
+
   def extract(
     self, answer: Answer | search_space.Architecture
   ) -> vit.VisionTransformer:
@@ -223,8 +246,7 @@ class Run:
       A plain vision transformer, from normalized images (see `normalize`) to
       logits.
     """
-    arch = answer.architecture if isinstance(answer, Answer) else answer
-    return jax.device_put(vit.extract(self._weights, arch))
+    return jax.device_put(vit.extract(self._weights, _architecture(answer)))
 
   def elastic(self) -> Elastic:
     """All subnets as one network, to switch between budgets at run time."""
@@ -298,6 +320,12 @@ class Run:
       return self.experiment.cost_bins.bound(budget)
     except ValueError as error:
       raise errors.UserError(f'budget: {error}') from error
+
+
+def _architecture(
+  network: Answer | search_space.Architecture,
+) -> search_space.Architecture:
+  return network.architecture if isinstance(network, Answer) else network
 
 
 def train(settings: config_lib.Settings, workdir: epath.PathLike) -> Run:

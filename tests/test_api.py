@@ -133,6 +133,19 @@ def test_answer_is_the_samplers_with_its_heldout_score(
   np.testing.assert_allclose(answer.heldout, score, rtol=1e-5)
 
 
+def test_networks_are_scored_on_either_split(run, answer, evaluator):
+  archs = [answer.architecture, run.space.smallest()]
+  for split in ('heldout', 'test'):
+    wanted = evaluator.score(
+      run.state.evaluated, archs, run.dataset.split(split)
+    )
+    found = run.score([answer, archs[1]], split)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+  assert run.score([answer]) == [answer.heldout]
+  with pytest.raises(ValueError, match='wanted heldout or test, found train'):
+    run.score([answer], 'train')
+
+
 def test_answer_reads_well(run, answer):
   assert repr(answer).startswith('Answer to a budget of 150,000: ')
   for part in (f'{answer.cost:,} MACs', 'held-out accuracy', 'depth'):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import accelerator_parts
 from benchmarks import parity
 from focusformer_jax.models import layers
 from focusformer_jax.models import supernet as supernet_lib
@@ -45,6 +46,15 @@ def test_parity_fails_above_its_tolerance(error, monkeypatch):
     parity, 'logit_errors', lambda *case: iter([('logits', error)])
   )
   assert parity.main([str(DATA / 'parity_small')]) == 1
+
+
+def test_parity_on_an_accelerator_fails_if_one_execution_gives_nan(monkeypatch):
+  results = {'masked': 1e-7, 'switched': np.nan}
+  monkeypatch.setattr(
+    parity, 'case_errors', lambda _, name: iter([('logits', results[name])])
+  )
+  found = accelerator_parts.run_parity(accelerator_parts.SMALL, 'parity_small')
+  assert not found['passed']
 
 
 def test_decayed_parameters_are_matrices():
