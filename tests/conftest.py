@@ -116,6 +116,13 @@ def tfds_dir(tmp_path_factory) -> str:
   return str(tmp_path_factory.mktemp('tfds'))
 
 
+def assert_same(one, other) -> None:
+  """Equal arrays in equal trees, whose structures hold the names of axes."""
+  assert jax.tree.structure(one) == jax.tree.structure(other)
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
 def smoke_settings(tfds_dir, **changes) -> config_lib.Settings:
   """The digits job in a few steps; `changes` are keys with `__` for dots."""
   config = digits.get_config('smoke')

@@ -1,7 +1,6 @@
 """The public names, and trained runs as Python objects."""
 
 import dataclasses
-import itertools
 import json
 import shutil
 import subprocess
@@ -20,8 +19,8 @@ from focusformer_jax.sampler import distribution
 from focusformer_jax.sampler import policy as policy_lib
 from focusformer_jax.search import methods
 from focusformer_jax.search import score_cache
-from focusformer_jax.spaces import search_space
 from focusformer_jax.training import evaluate
+from tests import enumerated
 from tests.conftest import ROOT, TINY
 
 BUDGET = 150_000
@@ -196,21 +195,6 @@ def test_sampler_of_a_run_keeps_to_its_budget(run):
   np.testing.assert_allclose(policy.entropy(), proposal.entropy, rtol=1e-5)
 
 
-def _all_architectures(space) -> search_space.Architecture:
-  archs = []
-  for d, e in itertools.product(range(len(space.depth)), range(2)):
-    layers = range(space.depth[d])
-    for picks in itertools.product(range(4), repeat=len(layers)):
-      padded = np.zeros(space.num_layers, np.int32)
-      padded[: len(picks)] = picks
-      archs.append(
-        search_space.Architecture(
-          np.int32(d), np.int32(e), padded // 2, padded % 2
-        )
-      )
-  return search_space.stack(archs)
-
-
 @pytest.mark.parametrize('position, share', [(0.3, 0.0), (0.7, 0.8)])
 def test_distribution_equals_that_of_brute_force(bins, position, share):
   policy = policy_lib.Policy(TINY, (8,), 2, rngs=nnx.Rngs(0))
@@ -222,8 +206,7 @@ def test_distribution_equals_that_of_brute_force(bins, position, share):
   bound = bins.denormalize(jnp.float32(position))
   lower = bins.lower_bound(bound, share)
   at_budget = distribution.Distribution(policy, bins, bound, lower)
-  archs = _all_architectures(TINY)
-  costs = np.asarray(bins.table.units(archs))
+  archs, costs = enumerated.ALL, enumerated.COSTS
   within = (int(lower) < costs) & (costs <= int(bound))
   assert 2 < within.sum() < len(within) == TINY.num_architectures
 

@@ -52,6 +52,11 @@ def complaint(key, call, *arguments) -> str:
     ('config.sampler.bins', {'sampler__bins': 2}),
     ('config.sampler.cost', {'space__embed_dim': (24, 1_000_003)}),
     ('config.search.budgets', {'search__budgets': (10.0,)}),
+    ('config.extract.budget', {'extract__budget': 1.0}),
+    (
+      'config.extract.architecture',
+      {'extract__architecture': '/nothing/here.json'},
+    ),
     ('config.supernet.patch_size', {'supernet__patch_size': 5}),
     ('config.supernet.head', {'supernet__head': False}),
     ('config.distillation.loss', {'distillation__loss': 'features'}),

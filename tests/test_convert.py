@@ -19,7 +19,7 @@ from focusformer_jax import errors
 from focusformer_jax.models import autoformer
 from focusformer_jax.models import vit
 from focusformer_jax.models import weight_files
-from tests.conftest import DATA
+from tests.conftest import DATA, assert_same
 
 CASES = ('parity_small', 'parity_unmodified')
 
@@ -34,11 +34,6 @@ def load(case):
 @pytest.fixture(scope='module')
 def small():
   return load('parity_small')
-
-
-def assert_same(one, other):
-  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-    np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize('case', CASES)

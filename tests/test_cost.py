@@ -49,14 +49,6 @@ def test_params_are_those_of_the_extracted_network():
     assert vit.count_params(vit.extract(net, arch)) == table.of(arch)
 
 
-@pytest.mark.parametrize('make', [cost.macs, cost.params])
-def test_range_is_that_of_the_corners(make):
-  table = make(TINY, GEOMETRY)
-  costs_of_corners = [table.of(arch) for arch in TINY.corners()]
-  assert table.minimum == min(costs_of_corners)
-  assert table.maximum == max(costs_of_corners)
-
-
 @pytest.mark.parametrize('name', ['pixels8', 'pixels28', 'pixels32'])
 def test_our_spaces_span_a_factor_of_eight(name):
   size = int(name.removeprefix('pixels'))

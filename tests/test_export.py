@@ -19,6 +19,7 @@ from etils import epath
 import jax
 from jax import export as jax_export
 import numpy as np
+import onnxruntime
 from PIL import Image
 import pytest
 import yaml
@@ -273,7 +274,6 @@ def test_artifact_takes_any_number_of_images_on_any_platform(job):
 
 
 def test_onnx_gives_the_same_logits(job):
-  onnxruntime = pytest.importorskip('onnxruntime')
   session = onnxruntime.InferenceSession(
     (job.directory / 'model.onnx').read_bytes()
   )

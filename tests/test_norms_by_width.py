@@ -21,7 +21,13 @@ from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import optim
 from focusformer_jax.training import train
-from tests.conftest import GEOMETRY, TINY, make_supernet, smoke_settings
+from tests.conftest import (
+  GEOMETRY,
+  TINY,
+  assert_same,
+  make_supernet,
+  smoke_settings,
+)
 
 SPACE = dataclasses.replace(TINY, embed_dim=(6, 8, 12))
 WIDTHS = range(len(SPACE.embed_dim))
@@ -38,13 +44,6 @@ extracted = jax.jit(vit.VisionTransformer.__call__)
 
 def new_supernet(**options) -> supernet_lib.Supernet:
   return supernet_lib.Supernet(SPACE, GEOMETRY, rngs=nnx.Rngs(0), **options)
-
-
-def assert_same(one, other):
-  """Equal arrays in equal trees, whose structures hold the names of axes."""
-  assert jax.tree.structure(one) == jax.tree.structure(other)
-  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-    np.testing.assert_array_equal(a, b)
 
 
 def rows_of(net) -> dict[str, np.ndarray]:

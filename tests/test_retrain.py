@@ -21,6 +21,10 @@ from focusformer_jax.spaces import search_space
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import loop
 from focusformer_jax.training import train
+from tests.conftest import assert_same
+
+# Programs for eight devices compile slowly.
+pytestmark = pytest.mark.usefixtures('on_one_device')
 
 ARCHITECTURE = {
   'depth': 2,
@@ -51,17 +55,6 @@ def network():
   return new_network()
 
 
-@pytest.fixture(scope='module')
-def tfds_dir(tmp_path_factory) -> str:
-  return str(tmp_path_factory.mktemp('tfds'))
-
-
-@pytest.fixture(autouse=True)
-def on_one_device(monkeypatch):
-  devices = jax.devices()[:1]
-  monkeypatch.setattr(jax, 'devices', lambda: devices)
-
-
 def parse(tfds_dir, **changes) -> config_lib.Settings:
   config = digits.get_config('smoke')
   with config.unlocked():
@@ -72,21 +65,16 @@ def parse(tfds_dir, **changes) -> config_lib.Settings:
   return config_lib.parse(config)
 
 
-def assert_equal(one, other):
-  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-    assert np.array_equal(a, b)
-
-
 def test_transfer_to_the_same_geometry_changes_nothing(network):
-  assert_equal(retrain.transfer(network, new_network(seed=1)), network)
+  assert_same(retrain.transfer(network, new_network(seed=1)), network)
 
 
 def test_transfer_to_other_classes_takes_the_new_head(network):
   new = new_network(seed=1, num_classes=3)
   found = retrain.transfer(network, new)
-  assert_equal((found.stem, found.blocks), (network.stem, network.blocks))
-  assert_equal(found.head.norm, network.head.norm)
-  assert_equal(found.head.kernel, new.head.kernel)
+  assert_same((found.stem, found.blocks), (network.stem, network.blocks))
+  assert_same(found.head.norm, network.head.norm)
+  assert_same(found.head.kernel, new.head.kernel)
 
 
 def test_resize_positions_interpolates_and_keeps_the_class_token():
@@ -118,11 +106,11 @@ def test_transfer_to_a_larger_grid_changes_positions_alone(network):
     if param.shape != names[name].shape
   }
   assert changed == {'stem.position'}
-  assert_equal(found.head, network.head)
+  assert_same(found.head, network.head)
   moved = retrain.carried_distances(grid=4, max_distance=14)
   for old, new in zip(network.blocks, found.blocks, strict=True):
-    assert_equal(new.mlp, old.mlp)
-    assert_equal(new.attention.query, old.attention.query)
+    assert_same(new.mlp, old.mlp)
+    assert_same(new.attention.query, old.attention.query)
     for name in ('position_key', 'position_value'):
       before = getattr(old.attention, name).rows.get_value()
       after = getattr(new.attention, name).rows.get_value()
@@ -174,7 +162,7 @@ def test_retraining_skips_a_loss_that_is_not_finite(tfds_dir, network):
   assert not np.isfinite(metrics['train/loss'])
   assert np.isfinite(metrics['train/grad_norm'])
   assert metrics['train/skipped_in_a_row'] == 1
-  assert_equal(after.network, broken)
+  assert_same(after.network, broken)
 
 
 def accuracy(network, experiment) -> float:

@@ -6,9 +6,11 @@ import json
 
 import jax
 import numpy as np
+import onnxruntime
 import pytest
 
 from benchmarks import pretrained_parity
+from focusformer_jax.deploy import onnx_graph
 from focusformer_jax.models import int8
 from focusformer_jax.models import layers
 from focusformer_jax.models import pretrained
@@ -106,10 +108,6 @@ def float_network():
 
 @pytest.mark.parametrize('make', [bytes_network, float_network])
 def test_onnx_gives_the_outputs_of_any_kind_of_network(make):
-  pytest.importorskip('onnx')
-  onnxruntime = pytest.importorskip('onnxruntime')
-  from focusformer_jax.deploy import onnx_graph
-
   network, arrays = make()
   geometry, pool = network.geometry, network.head.pool
   model = onnx_graph.build(

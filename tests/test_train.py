@@ -33,12 +33,7 @@ from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import loop
 from focusformer_jax.training import steps
 from focusformer_jax.training import train
-from tests.conftest import ROOT, smoke_settings
-
-
-def assert_equal(one, other):
-  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-    assert np.array_equal(a, b)
+from tests.conftest import ROOT, assert_same, smoke_settings
 
 
 def test_training_resumes_bit_for_bit(
@@ -59,7 +54,7 @@ def test_training_resumes_bit_for_bit(
     assert checkpoints.latest_step == 4
   resumed = train.train(experiment, evaluator, tmp_path / 'killed')
   # Weights, both optimizers, sampler, counts and the step.
-  assert_equal(resumed, undisturbed)
+  assert_same(resumed, undisturbed)
   for name in ('whole', 'killed'):
     streams = train.open_streams(experiment)
     with train.open_checkpoints(experiment, tmp_path / name) as checkpoints:
@@ -245,9 +240,9 @@ def test_exported_network_teaches(tfds_dir, exported):
   step = jax.jit(functools.partial(steps.supernet_step, experiment))
   new = experiment.init_state()
   network, macs = networks.load(exported)
-  assert_equal(new.teacher, network)
+  assert_same(new.teacher, network)
   state, metrics = step(new, batch)
-  assert_equal(state.teacher, new.teacher)
+  assert_same(state.teacher, new.teacher)
   other_labels = batch | {'label': (batch['label'] + 1) % 10}
   assert step(new, other_labels)[1]['train/loss'] == metrics['train/loss']
   surer = jax.tree.map(lambda leaf: 2 * leaf, new.teacher)
@@ -365,7 +360,7 @@ def test_optimizer_options_train_and_restore(tfds_dir, tmp_path):
   assert np.linalg.norm(average - weights) < np.linalg.norm(start - weights)
   assert not np.array_equal(average, weights)
   with train.open_checkpoints(experiment, tmp_path) as checkpoints:
-    assert_equal(checkpoints.restore(experiment.abstract_state), state)
+    assert_same(checkpoints.restore(experiment.abstract_state), state)
 
 
 def test_scoring_compiles_once_for_all_architectures(experiment, evaluator):
@@ -478,7 +473,7 @@ def test_sigterm_finishes_the_step_and_saves(
   assert signal.getsignal(signal.SIGTERM) == before
   resumed = train.train(experiment, evaluator, tmp_path)
   with train.open_checkpoints(experiment, trained) as checkpoints:
-    assert_equal(resumed, checkpoints.restore(experiment.abstract_state))
+    assert_same(resumed, checkpoints.restore(experiment.abstract_state))
 
 
 # Tensorstore goes on in a loop that Orbax has closed.

@@ -141,7 +141,8 @@ class Experiment:
       return self.space.from_json(values)
     except (OSError, ValueError) as error:
       raise errors.UserError(
-        f'config.extract.architecture: {path}: {errors.first_line(error)}'
+        f'config.extract.architecture: wanted an architecture of this space in '
+        f'{path}, found: {errors.first_line(error)}'
       ) from error
 
   @functools.cached_property
