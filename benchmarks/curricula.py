@@ -21,10 +21,14 @@ number of steps that would be equal. Hypervolume is the dominated share of the
 plane of test accuracy and the logarithm of MACs, for the answers alone and with
 the smallest and the largest subnet, which every search reports, among them. The
 workdir keeps all runs, and a repeated command resumes. `--only` selects
-curricula or ablations. `curricula_jobs.py` has all names.
+curricula or ablations, of which the first row of focus is compared with all
+others. `curricula_jobs.py` has all names. Settings are chosen by the mean
+held-out loss of the answers with other seeds than those of the tables:
+`--first-seed`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -129,6 +133,9 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
       'gigamacs_standard_error': compute['standard_error'],
       'hypervolume': volume(rows),
       'hypervolume_with_ends': volume(with_ends),
+      'heldout_loss': mean_and_error(
+        [float(np.mean([row['heldout_loss'] for row in own])) for own in rows]
+      ),
       'budgets': [row['budget'] for row in rows[0]],
       'test_accuracy': [
         mean_and_error([row['test_accuracy'] for row in at_budget])
@@ -189,7 +196,8 @@ def main():
   )
   parser.add_argument('--job', type=jobs.find_job, required=True)
   parser.add_argument('--workdir', type=epath.Path, required=True)
-  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--seeds', type=int, default=3, help='how many')
+  parser.add_argument('--first-seed', type=int, default=0)
   parser.add_argument(
     '--only', nargs='+', choices=jobs.VARIANTS, default=jobs.CURRICULA
   )
@@ -225,6 +233,10 @@ def main():
       f'--alone-seeds: wanted 1 to {args.seeds}, as --seeds says, found '
       f'{args.alone_seeds}'
     )
+  if args.alone and args.first_seed:
+    parser.error(
+      f'--first-seed: wanted 0 with --alone, found {args.first_seed}'
+    )
   if args.alone and (missing := set(args.alone_of) - set(args.only)):
     parser.error(
       f'--alone-of: wanted curricula of --only, found {", ".join(missing)}'
@@ -235,16 +247,16 @@ def main():
 
   # All curricula of one seed run first, so that early results can be compared.
   runs = {name: [] for name in args.only}
-  total = args.seeds * len(args.only)
-  for seed in range(args.seeds):
-    for number, name in enumerate(args.only, seed * len(args.only) + 1):
-      print(f'run {number} of {total}: {name}, seed {seed}', flush=True)
-      folder = jobs.folder_of(args.workdir, args.job, name, seed)
-      settings = jobs.settings_of(args.job, name, seed)
-      if settings.distillation.teacher == jobs.CNN:
-        frozen = {'distillation.teacher': teacher(args.job, args.workdir)}
-        settings = jobs.settings_of(args.job, name, seed, frozen)
-      runs[name].append(outcome(settings, folder))
+  seeds = range(args.first_seed, args.first_seed + args.seeds)
+  planned = list(itertools.product(seeds, args.only))
+  for number, (seed, name) in enumerate(planned, 1):
+    print(f'run {number} of {len(planned)}: {name}, seed {seed}', flush=True)
+    folder = jobs.folder_of(args.workdir, args.job, name, seed)
+    settings = jobs.settings_of(args.job, name, seed)
+    if settings.distillation.teacher == jobs.CNN:
+      frozen = {'distillation.teacher': teacher(args.job, args.workdir)}
+      settings = jobs.settings_of(args.job, name, seed, frozen)
+    runs[name].append(outcome(settings, folder))
 
   summaries = {}
   for name, found in runs.items():
@@ -253,18 +265,21 @@ def main():
       summaries[name + tables.RANDOM] = summary(found, 'random')
   print(tables.table(summaries))
   print(*tables.unequal(summaries), sep='\n')
-  if 'focus' in summaries and len(summaries) > 1:
+  print('\nMean held-out loss of the answers, which chooses settings:\n')
+  print(tables.heldout(summaries))
+  leaders = [name for name in summaries if name.startswith('focus')]
+  if leaders and len(summaries) > 1:
     print('\nLead in points of test accuracy (in standard errors):\n')
-    print(tables.leads(summaries, 'focus'))
+    print(tables.leads(summaries, leaders[0]))
   result = {
     'job': args.job.name,
-    'seeds': list(range(args.seeds)),
+    'seeds': list(seeds),
     'curricula': summaries,
   }
   if args.alone:
-    seeds = {name: runs[name][: args.alone_seeds] for name in args.alone_of}
+    chosen = {name: runs[name][: args.alone_seeds] for name in args.alone_of}
     compared = alone.compare(
-      args.job, args.workdir, seeds, args.alone, args.alone_updates
+      args.job, args.workdir, chosen, args.alone, args.alone_updates
     )
     for name, rows in compared.items():
       key = 'alone' if name == 'focus' else f'alone_{name}'

@@ -67,6 +67,15 @@ def leads(summaries: dict[str, Summary], name: str) -> str:
   return markdown(lines)
 
 
+def heldout(summaries: dict[str, Summary]) -> str:
+  """Markdown table of the answers' mean held-out losses, and of the compute."""
+  lines = [['curriculum', 'held-out loss', 'TMACs'], ['---'] * 3]
+  for name, found in summaries.items():
+    loss = with_error(found['heldout_loss'], 1, 4)
+    lines.append([name, loss, with_error(compute(found), 1e-3, 2)])
+  return markdown(lines)
+
+
 def markdown(lines: list[list[str]]) -> str:
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 

@@ -19,6 +19,9 @@ def get_config(variant: str = 'base') -> ml_collections.ConfigDict:
   # (docs/results/does-focusing-pay.md).
   c.sampler.window = 0.8
   c.curriculum.strata = True
+  # The shorter default was chosen on Fashion-MNIST; 144 held-out images are too
+  # few to choose by.
+  c.curriculum.warmup = 0.4
   if variant == 'smoke':
     smoke.shorten(c)
   elif variant != 'base':

@@ -1,7 +1,7 @@
 """Every key of the configuration: its type, default, meaning and range.
 
 The defaults are a small job on scikit-learn's digits; `configs/digits.py` also
-sets `sampler.window` and `curriculum.strata`.
+sets `sampler.window`, `curriculum.strata` and `curriculum.warmup`.
 A config file takes `default()`, a `ConfigDict`, and changes what differs;
 `parse` turns it into `Settings` and names the key that is unknown, of a wrong
 type or out of range.
@@ -397,7 +397,7 @@ class Curriculum(schema.Section):
     at_least=1,
   )
   warmup: float = key(
-    0.4,
+    0.2,
     '`focus`: share of all steps that draw uniformly before the sampler is '
     'used.',
     at_least=0,

@@ -28,12 +28,16 @@ def load(name: str, *variant: str) -> ml_collections.ConfigDict:
   return importlib.import_module(f'configs.{name}').get_config(*variant)
 
 
-def test_defaults_are_the_digits_job_but_for_windows_and_strata():
-  config = load('digits')
-  assert config.sampler.window
-  assert config.curriculum.strata
+def test_defaults_are_the_digits_job_but_for_three_keys():
+  config, default = load('digits'), config_lib.default()
   with config.unlocked():
-    config.sampler.window, config.curriculum.strata = 0.0, False
+    for section, key in (
+      ('sampler', 'window'),
+      ('curriculum', 'strata'),
+      ('curriculum', 'warmup'),
+    ):
+      assert config[section][key] != default[section][key]
+      config[section][key] = default[section][key]
   assert config_lib.parse(config) == config_lib.Settings()
 
 
