@@ -290,7 +290,8 @@ def check_settings(settings: config_lib.Settings, folder: epath.Path):
   """Checks that the run in a folder has these settings, if there is one.
 
   Where images are and how they are split over devices may differ, and
-  `config.search`, for a search can be done again.
+  `config.search`, for a search can be done again; the warm-up may differ where
+  there is none.
 
   Raises:
     UserError: Names the first key that differs.
@@ -310,6 +311,8 @@ def check_settings(settings: config_lib.Settings, folder: epath.Path):
 def _facts(settings: config_lib.Settings) -> dict[str, Any]:
   values = dataclasses.asdict(settings)
   del values['mesh'], values['search'], values['data']['dir']
+  if settings.curriculum.name != 'focus':
+    del values['curriculum']['warmup']
   return traverse_util.flatten_dict(values, sep='.')
 
 
