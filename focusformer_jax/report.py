@@ -17,6 +17,7 @@ import numpy as np
 from focusformer_jax import atomic_files
 from focusformer_jax import text_table
 from focusformer_jax.search import methods
+from focusformer_jax.spaces import search_space
 from focusformer_jax.training import metrics
 
 COLUMNS = (
@@ -276,15 +277,6 @@ def _html_plots(plots: dict[str, bytes]) -> str:
   return '<div class="plots">' + '\n'.join(images) + '</div>'
 
 
-def _describe(architecture: dict[str, Any]) -> str:
-  heads = ' '.join(str(h) for h in architecture['num_heads'])
-  ratios = ' '.join(f'{r:g}' for r in architecture['mlp_ratio'])
-  return (
-    f'depth {architecture["depth"]}, width {architecture["embed_dim"]}, '
-    f'heads {heads}, ratio {ratios}'
-  )
-
-
 def _methods(
   results: dict[str, Any], timing: dict[str, float]
 ) -> list[list[str]]:
@@ -310,7 +302,7 @@ def _decoded(policy: dict[str, Any]) -> list[list[str]]:
       f'{row["decoded_cost"] / row["budget"]:.0%}',
       f'{max(0, row["entropy"]):.2f}',  # Rounding may leave less than 0.
       f'{row["mass_within_1%"]:.1%}',
-      _describe(row['decoded']),
+      search_space.describe(row['decoded']),
     ]
     for row in policy['budgets']
   ]
@@ -370,7 +362,9 @@ def _page(found: dict[str, Any], plots: dict[str, bytes]) -> str:
     return _html_plots({name: plots[name] for name in names if name in plots})
 
   headings, *cells = _cells(results)
-  subnets = [_describe(row['architecture']) for row in _rows(results)]
+  subnets = [
+    search_space.describe(row['architecture']) for row in _rows(results)
+  ]
   part(
     'Accuracy within a budget',
     '<p>Each point is one subnet, evaluated with weights inherited from the '

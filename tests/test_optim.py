@@ -53,10 +53,10 @@ def test_learning_rate_scales_with_the_batch(reference, accumulate, scale):
 def test_warmup_longer_than_training_is_logged(monkeypatch):
   lines = []
   monkeypatch.setattr(optim.logging, 'warning', lambda *a: lines.append(a[1:]))
-  make(steps=100, warmup_steps=99)
-  assert not lines
-  make(steps=100, warmup_steps=100)
-  assert lines == [(100, 100)]
+  for warmup_steps in (99, 100):
+    settings = config_lib.Optimizer(warmup_steps=warmup_steps)
+    optim.warn_of_long_warmup('config.optimizer', settings, 100)
+  assert lines == [('config.optimizer', 100, 100)]
 
 
 @pytest.mark.parametrize('kind', ['supernet', 'network'])

@@ -316,6 +316,8 @@ def _train(
 ) -> State:
   """Trains to the last step, from the newest checkpoint if there is one."""
   settings, recipe = experiment.settings, experiment.settings.retrain
+  key = 'config.retrain.optimizer'
+  optim.warn_of_long_warmup(key, recipe.optimizer, recipe.steps)
   heldout = experiment.dataset.split('heldout')
   seed = state_lib.stream_seed(settings.seed, state_lib.Stream.RETRAIN)
   streams = {'train': train.train_stream(experiment, int(seed))}
@@ -368,7 +370,7 @@ def _train(
       'train/loss': 'loss {:.3f}',
       'heldout_accuracy': 'held-out {:.1%}',
     },
-    optimizer='config.retrain.optimizer',
+    optimizer=key,
   )
 
 

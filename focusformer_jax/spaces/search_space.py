@@ -4,7 +4,7 @@ Letters: `A` architectures, `L` layers of the supernet, `E` embed choices, `R`
 ratio choices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 import types
@@ -410,14 +410,18 @@ class SearchSpace(schema.Section):
 
   def describe(self, arch: Architecture) -> str:
     """One line for tables and logs."""
-    values = self.to_json(arch)
-    heads = ' '.join(str(h) for h in values['num_heads'])
-    ratios = ' '.join(f'{r:g}' for r in values['mlp_ratio'])
-    layers = ' '.join(str(layer) for layer in values.get('layers', ()))
-    return (
-      f'depth {values["depth"]}, embed {values["embed_dim"]}, '
-      f'heads {heads}, ratio {ratios}'
-    ) + (f', layers {layers}' if layers else '')
+    return describe(self.to_json(arch))
+
+
+def describe(values: Mapping[str, Any]) -> str:
+  """One line for the values of `SearchSpace.to_json`."""
+  heads = ' '.join(str(h) for h in values['num_heads'])
+  ratios = ' '.join(f'{r:g}' for r in values['mlp_ratio'])
+  layers = ' '.join(str(layer) for layer in values.get('layers', ()))
+  return (
+    f'depth {values["depth"]}, width {values["embed_dim"]}, '
+    f'heads {heads}, ratio {ratios}'
+  ) + (f', layers {layers}' if layers else '')
 
 
 def stack(archs: list[Architecture]) -> Architecture:

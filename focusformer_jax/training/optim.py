@@ -128,20 +128,30 @@ def schedule(
   )
 
 
-def supernet_optimizer(
-  settings: config_lib.Optimizer, steps: int, batch_size: int
-) -> optax.GradientTransformation:
-  """AdamW (arXiv 1711.05101) that skips updates that are not finite.
+def warn_of_long_warmup(
+  key: str, settings: config_lib.Optimizer, steps: int
+) -> None:
+  """Logs a warning if the warm-up is no shorter than the training.
 
-  Logs a warning if the warm-up is no shorter than the training.
+  Args:
+    key: Key of the recipe, such as `config.optimizer`.
+    settings: The recipe.
+    steps: Training steps of the whole run.
   """
   if settings.warmup_steps >= steps:
     logging.warning(
-      'optimizer.warmup_steps: wanted fewer than the %d training steps, found '
-      '%d; the learning rate never falls',
+      '%s.warmup_steps: wanted fewer than the %d training steps, found %d; the '
+      'learning rate never falls',
+      key,
       steps,
       settings.warmup_steps,
     )
+
+
+def supernet_optimizer(
+  settings: config_lib.Optimizer, steps: int, batch_size: int
+) -> optax.GradientTransformation:
+  """AdamW (arXiv 1711.05101) that skips updates that are not finite."""
   adamw = optax.adamw(
     schedule(settings, steps, batch_size),
     weight_decay=settings.weight_decay,

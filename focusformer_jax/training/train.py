@@ -23,6 +23,7 @@ from focusformer_jax.training import curricula
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import loop
+from focusformer_jax.training import optim
 from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import steps
 
@@ -141,6 +142,9 @@ def train(
     loop.Preempted: SIGTERM came; a checkpoint is written.
   """
   settings = experiment.settings
+  optim.warn_of_long_warmup(
+    'config.optimizer', settings.optimizer, settings.train.steps
+  )
   streams = open_streams(experiment)
   heldout = experiment.dataset.split('heldout')
   started = (workdir / CHECKPOINTS).exists()
