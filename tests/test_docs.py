@@ -1,6 +1,7 @@
 """The documents: their links and paths lead to something that is there."""
 
 import argparse
+import json
 import re
 import runpy
 import shlex
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+from benchmarks import curricula_jobs
 from tests.conftest import ROOT
 
 DOCS = sorted([ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')])
@@ -91,6 +93,23 @@ def test_commands_name_arguments_that_exist(path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', arguments)
     with pytest.raises(Parsed):
       runpy.run_path(arguments[0], run_name='__main__')
+
+
+# Earlier results do not name their job.
+COMPARISONS = [
+  path
+  for path in sorted((ROOT / 'docs' / 'results').glob('curricula_*.json'))
+  if 'job' in json.loads(path.read_text())
+]
+
+
+@pytest.mark.parametrize('path', COMPARISONS, ids=ids)
+def test_results_have_the_steps_that_their_command_takes(path):
+  results = json.loads(path.read_text())
+  job = curricula_jobs.find_job(results['job'])
+  for name, row in results['curricula'].items():
+    settings = curricula_jobs.settings_of(job, name, seed=0)
+    assert row['steps'] == settings.train.steps, name
 
 
 def test_readme_is_short():
