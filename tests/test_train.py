@@ -389,10 +389,8 @@ def test_tempered_losses_find_the_best_temperature(confidence):
   logits = 2 * np.eye(5)[labels] + 1.5 * rng.normal(size=(200, 5))
   logits = np.float32(confidence * logits)
   weights = np.float32(rng.random(200) < 0.9)
-  scores = steps._score_images(
-    jnp.array(logits),
-    {'label': jnp.array(labels)},
-    temperatures=evaluate.TEMPERATURES,
+  scores = steps._score_logits(
+    jnp.array(logits), jnp.array(labels), evaluate.TEMPERATURES
   )
   sums = steps._sums(scores, jnp.array(weights))
 

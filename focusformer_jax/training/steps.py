@@ -6,6 +6,7 @@ temperatures.
 """
 
 from collections.abc import Sequence
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -297,50 +298,51 @@ class Scores(NamedTuple):
   tempered_loss: Float[Array, '*A T']
 
 
-def _score_images(
+def _score_logits(
   logits_BC: Float[Array, 'B C'],
-  batch: dict[str, Array],
-  teacher_BC: Float[Array, 'B C'] | None = None,
+  labels_B: Int[Array, 'B'],
   temperatures: Sequence[float] = (),
 ) -> ImageScores:
-  """Cross-entropy, or the distance of features from the teacher's.
-
-  Features classify an image as the nearest other image of the batch, by cosine,
-  among those that are on the same device. So the accuracy of networks without
-  classes depends on the batch size and on the number of devices.
-
-  Args:
-    logits_BC: Outputs of a network.
-    batch: Labels and weights.
-    teacher_BC: Features of the teacher, or None for a network with classes.
-    temperatures: Those of `tempered_loss`; features have none, and their loss
-      is the same at each.
-  """
-  labels_B = batch['label']
-  if teacher_BC is not None:
-    lengths_B1 = jnp.linalg.norm(logits_BC, axis=-1, keepdims=True)
-    direction_BC = logits_BC / jnp.maximum(lengths_B1, 1e-6)
-    padding_or_itself = (batch['weight'] == 0) | jnp.eye(
-      len(labels_B), dtype=bool
-    )
-    cosine_BB = jnp.where(
-      padding_or_itself, -jnp.inf, direction_BC @ direction_BC.T
-    )
-    nearest_B = jnp.argmax(cosine_BB, -1)
-    # An image without another one has no class.
-    has_other_B = jnp.isfinite(jnp.max(cosine_BB, -1))
-    loss_B = distillation.features(teacher_BC, logits_BC)
-    return ImageScores(
-      loss_B,
-      has_other_B & (labels_B[nearest_B] == labels_B),
-      jnp.repeat(loss_B[:, None], len(temperatures), axis=1),
-    )
+  """Cross-entropy, and whether the largest logit is that of the label."""
   cross_entropy = optax.softmax_cross_entropy_with_integer_labels
   logits_BTC = logits_BC[:, None] / jnp.array(temperatures)[:, None]
   return ImageScores(
     cross_entropy(logits_BC, labels_B),
     jnp.argmax(logits_BC, -1) == labels_B,
     cross_entropy(logits_BTC, labels_B[:, None]),
+  )
+
+
+def _score_features(
+  features_BC: Float[Array, 'B C'],
+  teacher_BC: Float[Array, 'B C'],
+  batch: dict[str, Array],
+  temperatures: Sequence[float] = (),
+) -> ImageScores:
+  """The distance from the teacher's features, and the class of the neighbor.
+
+  Features classify an image as the nearest other image of the batch, by cosine,
+  among those that are on the same device. So the accuracy depends on the batch
+  size and on the number of devices. Features have no temperature: the loss is
+  the same at each.
+  """
+  labels_B = batch['label']
+  lengths_B1 = jnp.linalg.norm(features_BC, axis=-1, keepdims=True)
+  direction_BC = features_BC / jnp.maximum(lengths_B1, 1e-6)
+  padding_or_itself = (batch['weight'] == 0) | jnp.eye(
+    len(labels_B), dtype=bool
+  )
+  cosine_BB = jnp.where(
+    padding_or_itself, -jnp.inf, direction_BC @ direction_BC.T
+  )
+  nearest_B = jnp.argmax(cosine_BB, -1)
+  # An image without another one has no class.
+  has_other_B = jnp.isfinite(jnp.max(cosine_BB, -1))
+  loss_B = distillation.features(teacher_BC, features_BC)
+  return ImageScores(
+    loss_B,
+    has_other_B & (labels_B[nearest_B] == labels_B),
+    jnp.repeat(loss_B[:, None], len(temperatures), axis=1),
   )
 
 
@@ -397,15 +399,18 @@ def score_images(
 
   def local(supernet, teacher, archs, batch):
     images = augment.normalize(experiment.recipe, batch['image'])
-    teacher_BC = None
-    if teacher is not None:
-      teacher_BC = teacher(images, experiment.space.largest())
-    return jax.lax.map(
-      lambda arch: _score_images(
-        supernet(images, arch), batch, teacher_BC, temperatures
-      ),
-      archs,
-    )
+    if teacher is None:
+      score = functools.partial(
+        _score_logits, labels_B=batch['label'], temperatures=temperatures
+      )
+    else:
+      score = functools.partial(
+        _score_features,
+        teacher_BC=teacher(images, experiment.space.largest()),
+        batch=batch,
+        temperatures=temperatures,
+      )
+    return jax.lax.map(lambda arch: score(supernet(images, arch)), archs)
 
   if mesh.size == 1:
     return local(supernet, teacher, archs, batch)
@@ -429,7 +434,7 @@ def network_eval_step(
   """Scores a standalone network on one batch."""
   network = sharding.gathered(experiment.mesh, network)
   images = augment.normalize(experiment.recipe, batch['image'])
-  scores_B = _score_images(network(images), batch, temperatures=temperatures)
+  scores_B = _score_logits(network(images), batch['label'], temperatures)
   return _sums(scores_B, batch['weight'])
 
 
