@@ -142,9 +142,10 @@ def train(
     loop.Preempted: SIGTERM came; a checkpoint is written.
   """
   settings = experiment.settings
-  optim.warn_of_long_warmup(
-    'config.optimizer', settings.optimizer, settings.train.steps
-  )
+  if settings.train.supernet:
+    optim.warn_of_long_warmup(
+      'config.optimizer', settings.optimizer, settings.train.steps
+    )
   streams = open_streams(experiment)
   heldout = experiment.dataset.split('heldout')
   started = (workdir / CHECKPOINTS).exists()
