@@ -29,6 +29,7 @@ from focusformer_jax import config as config_lib
 from focusformer_jax import sharding
 from focusformer_jax.data import augment
 from focusformer_jax.data import datasets
+from focusformer_jax.data import sources
 from focusformer_jax.models import attention as attention_lib
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.spaces import search_space
@@ -310,7 +311,7 @@ def random_batch(experiment: experiment_lib.Experiment) -> dict[str, jax.Array]:
   image, label = shapes['image'].shape, shapes['label'].shape
   return sharding.put_batch(
     experiment.mesh,
-    datasets.Batch(
+    sources.Batch(
       image=rng.integers(0, 256, image, np.uint8),
       label=rng.integers(0, experiment.dataset.num_classes, label, np.int32),
       weight=np.ones(label, np.float32),

@@ -51,9 +51,10 @@ from focusformer_jax import machine
 from focusformer_jax import sharding
 from focusformer_jax.data import augment
 from focusformer_jax.data import batches as batches_lib
-from focusformer_jax.data import datasets
 from focusformer_jax.data import image_cache
 from focusformer_jax.data import image_decoding
+from focusformer_jax.data import sources
+from focusformer_jax.data import splits
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import steps
 
@@ -141,7 +142,7 @@ def augmentation(config, images: int, rounds: int) -> tuple[float, float]:
   settings = config_lib.parse(config)
   # Only shapes matter, so no data set is opened.
   classes, size = 100, settings.data.image_size
-  dataset = datasets.Dataset(
+  dataset = splits.Dataset(
     name=settings.data.name,
     classes=tuple(map(str, range(classes))),
     channels=3,
@@ -157,7 +158,7 @@ def augmentation(config, images: int, rounds: int) -> tuple[float, float]:
     settings, dataset, sharding.make_mesh(-1, 1, jax.devices()[:1])
   )
   rng = np.random.default_rng(0)
-  batch = datasets.Batch(
+  batch = sources.Batch(
     image=rng.integers(0, 256, (images, size, size, 3), np.uint8),
     label=rng.integers(0, classes, images).astype(np.int32),
     weight=np.ones(images, np.float32),
@@ -211,11 +212,11 @@ def main():
     f'{len(raw)} JPEGs of {np.mean([len(e) for e in encoded]) / 1e3:.0f} kB, '
     f'{CORES} cores'
   )
-  jpegs = datasets.Encoded(
+  jpegs = sources.Encoded(
     raw, range(len(raw)), SIZE, 3, AREA, image_decoding.CENTER_SHARE
   )
   rng = np.random.default_rng(0)
-  small = datasets.Arrays(
+  small = sources.Arrays(
     rng.integers(0, 256, (50_000, 32, 32, 3), np.uint8),
     np.zeros(50_000, np.int32),
   )

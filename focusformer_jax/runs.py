@@ -23,7 +23,7 @@ from focusformer_jax import errors
 from focusformer_jax import sharding
 from focusformer_jax import stages
 from focusformer_jax.data import augment
-from focusformer_jax.data import datasets
+from focusformer_jax.data import splits
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.models import vit
 from focusformer_jax.sampler import distribution
@@ -169,7 +169,7 @@ class Run:
     return self.experiment.geometry
 
   @property
-  def dataset(self) -> datasets.Dataset:
+  def dataset(self) -> splits.Dataset:
     """The images, by split: `train`, `heldout` and `test`."""
     return self.experiment.dataset
 

@@ -34,7 +34,7 @@ typecheck.install()
 from configs import digits
 from focusformer_jax import config as config_lib
 from focusformer_jax.data import batches as batches_lib
-from focusformer_jax.data import datasets
+from focusformer_jax.data import sources
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.sampler import cost_bins
 from focusformer_jax.spaces import cost
@@ -134,10 +134,10 @@ def smoke_settings(tfds_dir, **changes) -> config_lib.Settings:
   return config_lib.parse(config)
 
 
-def numbered(count: int) -> datasets.Arrays:
+def numbered(count: int) -> sources.Arrays:
   """Synthetic: every image holds its own index."""
   numbers = np.arange(count, dtype=np.int32)
-  return datasets.Arrays(numbers.astype(np.uint8)[:, None, None, None], numbers)
+  return sources.Arrays(numbers.astype(np.uint8)[:, None, None, None], numbers)
 
 
 def data_settings(**changes) -> config_lib.Data:

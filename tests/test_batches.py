@@ -11,12 +11,12 @@ import pytest
 
 from focusformer_jax import errors
 from focusformer_jax.data import batches as batches_lib
-from focusformer_jax.data import datasets
+from focusformer_jax.data import sources
 from focusformer_jax.training import train
 from tests.conftest import numbered
 
 
-def photographs(count: int) -> datasets.Encoded:
+def photographs(count: int) -> sources.Encoded:
   """Synthetic: PNGs of noise, larger than what is wanted of them."""
   rng, examples = np.random.default_rng(0), []
   for i in range(count):
@@ -24,7 +24,7 @@ def photographs(count: int) -> datasets.Encoded:
     pixels = rng.integers(0, 256, (12, 10, 3), np.uint8)
     Image.fromarray(pixels).save(target, 'PNG')
     examples.append({'image': target.getvalue(), 'label': i})
-  return datasets.Encoded(
+  return sources.Encoded(
     examples,
     indices=range(count),
     image_size=8,

@@ -18,6 +18,8 @@ from tensorflow_datasets.core.download import downloader
 from focusformer_jax import errors
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
+from focusformer_jax.data import sources
+from focusformer_jax.data import splits
 from focusformer_jax.training import checkpoint
 from focusformer_jax.training import experiment as experiment_lib
 from focusformer_jax.training import train
@@ -91,11 +93,11 @@ def test_digits_are_scikit_learns(dataset):
   from sklearn import datasets
 
   digits = datasets.load_digits()
-  splits = [dataset.split(name) for name in ('train', 'heldout', 'test')]
-  assert [len(s) for s in splits] == [1293, 144, 360]
+  opened = [dataset.split(name) for name in ('train', 'heldout', 'test')]
+  assert [len(s) for s in opened] == [1293, 144, 360]
   assert dataset.num_classes == 10
   assert dataset.channels == 1
-  ours = np.concatenate([s.image for s in splits]).reshape(-1, 64)
+  ours = np.concatenate([s.image for s in opened]).reshape(-1, 64)
   theirs = np.round(digits.data * (255 / 16)).astype(np.uint8)
   order = lambda images: images[np.lexsort(images.T)]
   assert np.array_equal(order(ours), order(theirs))
@@ -131,7 +133,7 @@ def test_splits_are_stable_and_disjoint(dataset):
 
 
 def part_sizes(count: int, heldout: float) -> tuple[int, int]:
-  dataset = datasets.Dataset(
+  dataset = splits.Dataset(
     name='numbered',
     classes=('a',),
     channels=1,
@@ -365,15 +367,15 @@ def test_image_folder_has_splits_and_classes(folder):
   )
   dataset = datasets.open_dataset(settings)
   assert (dataset.num_classes, dataset.channels) == (2, 3)
-  splits = {n: dataset.split(n) for n in ('train', 'heldout', 'test')}
-  assert [len(s) for s in splits.values()] == [16, 4, 6]
+  opened = {n: dataset.split(n) for n in ('train', 'heldout', 'test')}
+  assert [len(s) for s in opened.values()] == [16, 4, 6]
   shades = {
     name: {
       (int(label), int(image[0, 0, 0]))
       for batch in batches_lib.eval_batches(source, 2)
       for image, label in zip(batch['image'], batch['label'])
     }
-    for name, source in splits.items()
+    for name, source in opened.items()
   }
   assert len(shades['train'] | shades['heldout']) == 20
   assert {label for label, _ in shades['heldout']} == {0, 1}
@@ -405,7 +407,7 @@ def test_image_folder_without_images_is_refused(folder, part, named):
 
 def test_images_without_labels_are_refused(folder):
   image = (folder / 'test' / 'cat' / '1.png').read_bytes()
-  source = datasets.Encoded([{'image': image, 'label': -1}], [0], 4, 3, None, 1)
+  source = sources.Encoded([{'image': image, 'label': -1}], [0], 4, 3, None, 1)
   with pytest.raises(errors.UserError, match=r'data\.test: .* found -1'):
     source.batch(np.array([0]))
 

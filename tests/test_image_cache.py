@@ -11,12 +11,14 @@ from focusformer_jax import errors
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.data import datasets
 from focusformer_jax.data import image_cache
+from focusformer_jax.data import sources
+from focusformer_jax.data import splits
 from tests.conftest import data_settings
 
 AREA = (0.1, 0.5)
 
 
-def cached_folder(folder, cache, **changes) -> datasets.Dataset:
+def cached_folder(folder, cache, **changes) -> splits.Dataset:
   return datasets.open_dataset(
     data_settings(
       name='image_folder',
@@ -30,7 +32,7 @@ def cached_folder(folder, cache, **changes) -> datasets.Dataset:
   )
 
 
-def two_batches(dataset) -> list[datasets.Batch]:
+def two_batches(dataset) -> list[sources.Batch]:
   batches = batches_lib.train_batches(dataset.split('train'), 8, seed=0)
   return [next(batches) for _ in range(2)]
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from focusformer_jax import errors
 from focusformer_jax import machine
-from focusformer_jax.data import datasets
+from focusformer_jax.data import sources
 
 with epy.lazy_imports():
   import grain
 
-Put = Callable[[datasets.Batch], dict[str, Any]]
+Put = Callable[[sources.Batch], dict[str, Any]]
 
 # Processes that `workers=-1` takes at most: each has its own interpreter.
 MAX_WORKERS = 32
@@ -68,7 +68,7 @@ class Batches(Iterator[dict[str, Any]]):
 
 
 def train_batches(
-  source: datasets.Source,
+  source: sources.Source,
   batch_size: int,
   seed: int,
   process_index: int = 0,
@@ -112,7 +112,7 @@ def train_batches(
     )
   first = process_index * local
 
-  def read(position: int, indices_B: Int[np.ndarray, 'B']) -> datasets.Batch:
+  def read(position: int, indices_B: Int[np.ndarray, 'B']) -> sources.Batch:
     mine = np.tile(indices_B, repeats)[first : first + local]
     crop_seed = (seed, position) if random_crops else None
     return source.batch(mine, crop_seed, first)
@@ -125,14 +125,14 @@ def train_batches(
   return Batches(batches, workers, put)
 
 
-def automatic_workers(source: datasets.Source, cores: int) -> int:
+def automatic_workers(source: sources.Source, cores: int) -> int:
   """Number of processes that read a source on a machine of so many cores.
 
   Reading an encoded image holds Python's lock for about a tenth of the time, so
   many threads wait for each other. Machines count two cores for each physical
   one. By measurements on two cores; not tried on many.
   """
-  encoded = isinstance(source, datasets.Encoded)
+  encoded = isinstance(source, sources.Encoded)
   return min(cores // 2, MAX_WORKERS) if encoded and cores > 8 else 0
 
 
@@ -159,7 +159,7 @@ def _read_ahead(
 
 
 def eval_batches(
-  source: datasets.Source,
+  source: sources.Source,
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,

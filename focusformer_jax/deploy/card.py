@@ -10,7 +10,7 @@ import jax
 import yaml
 
 from focusformer_jax import config as config_lib
-from focusformer_jax.data import datasets
+from focusformer_jax.data import image_folder
 from focusformer_jax.models import timm
 from focusformer_jax.models import vit
 from focusformer_jax.training import experiment as experiment_lib
@@ -182,7 +182,7 @@ def _metadata(
       'pytorch',
       *(['onnx'] if has_onnx else []),
     ],
-    **({} if data.name == datasets.IMAGE_FOLDER else {'datasets': [data.name]}),
+    **({} if data.name == image_folder.NAME else {'datasets': [data.name]}),
   }
   if not classes:
     return front

@@ -15,7 +15,7 @@ import numpy as np
 from focusformer_jax import progress
 from focusformer_jax import sharding
 from focusformer_jax.data import batches as batches_lib
-from focusformer_jax.data import datasets
+from focusformer_jax.data import sources
 from focusformer_jax.models import networks
 from focusformer_jax.models import supernet as supernet_lib
 from focusformer_jax.sampler import conditional
@@ -78,7 +78,7 @@ class Evaluator:
     )
 
   def compile(
-    self, state: state_lib.TrainState, source: datasets.Source
+    self, state: state_lib.TrainState, source: sources.Source
   ) -> float:
     """Runs each program of a search once, so that later calls can be timed.
 
@@ -100,7 +100,7 @@ class Evaluator:
     )
     return time.monotonic() - start
 
-  def _batches(self, source: datasets.Source) -> Iterator[dict[str, jax.Array]]:
+  def _batches(self, source: sources.Source) -> Iterator[dict[str, jax.Array]]:
     """Every example once, over the mesh."""
     size = self._experiment.settings.data.eval_batch_size
     process = jax.process_index(), jax.process_count()
@@ -154,7 +154,7 @@ class Evaluator:
     self,
     supernet: supernet_lib.Supernet,
     archs: Sequence[search_space.Architecture],
-    source: datasets.Source,
+    source: sources.Source,
     teacher: state_lib.Teacher | None = None,
   ) -> list[Score]:
     """Loss and accuracy of each architecture; every example counts once.
@@ -184,7 +184,7 @@ class Evaluator:
     return scores[: len(archs)]
 
   def score_network(
-    self, network: networks.Network, source: datasets.Source
+    self, network: networks.Network, source: sources.Source
   ) -> Score:
     """Loss and accuracy of a standalone network.
 
@@ -199,7 +199,7 @@ class Evaluator:
     self,
     title: str,
     score: Callable[[dict[str, jax.Array]], list[steps.Scores]],
-    source: datasets.Source,
+    source: sources.Source,
   ) -> list[Score]:
     """Means over a split of sums over its batches.
 

@@ -15,6 +15,7 @@ from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax import sharding
 from focusformer_jax.data import datasets
+from focusformer_jax.data import splits
 from focusformer_jax.models import attention as attention_lib
 from focusformer_jax.models import autoformer
 from focusformer_jax.models import networks
@@ -46,7 +47,7 @@ class Experiment:
   """
 
   settings: config_lib.Settings
-  dataset: datasets.Dataset
+  dataset: splits.Dataset
   mesh: jax.sharding.Mesh
 
   @property
@@ -317,7 +318,7 @@ class Experiment:
     )
 
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a batch of `datasets.Batch`."""
+    """Shapes, dtypes and shardings of a batch of `sources.Batch`."""
     size, channels = self.geometry.image_size, self.geometry.channels
     placed = jax.sharding.NamedSharding(self.mesh, sharding.BATCH)
     return {

@@ -16,7 +16,7 @@ from focusformer_jax import atomic_files
 from focusformer_jax import errors
 from focusformer_jax import sharding
 from focusformer_jax.data import batches as batches_lib
-from focusformer_jax.data import datasets
+from focusformer_jax.data import sources
 from focusformer_jax.models import layers
 from focusformer_jax.training import checkpoint
 from focusformer_jax.training import curricula
@@ -254,7 +254,7 @@ def update_shares(
   experiment: experiment_lib.Experiment,
   evaluator: evaluate.Evaluator,
   state: state_lib.TrainState,
-  heldout: datasets.Source,
+  heldout: sources.Source,
 ) -> state_lib.TrainState:
   """The state after a look at the held-out loss of each part of the cost range.
 
@@ -329,7 +329,7 @@ def _look(
   experiment: experiment_lib.Experiment,
   evaluator: evaluate.Evaluator,
   state: state_lib.TrainState,
-  heldout: datasets.Source,
+  heldout: sources.Source,
 ) -> dict[str, float]:
   """Held-out scores of the answer to each budget, and how sure it is."""
   table, budgets = experiment.cost_bins.table, experiment.search_budgets
