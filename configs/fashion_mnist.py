@@ -5,8 +5,8 @@
 
 TFDS downloads the data set. Without a network,
 `benchmarks/stage_fashion_mnist.py` makes the same data set from Debian's
-package. With a warm-up of 0.4, 26 epochs took 40 minutes on one CPU core, the
-search 4 more, and the run reached 88.6% at the largest budget (docs/results/).
+package. 26 epochs took 43 minutes on one CPU core, the search 4 more, and the
+run reached 88.4% at the largest budget (docs/results/).
 With two cores, one JAX device per core makes steps 1.4 times as fast.
 
 `fashion_mnist.py:smoke` is the same job in a few steps, for tests.
