@@ -181,7 +181,7 @@ def keep_compiled_programs(workdir: os.PathLike):
 
 def teacher(job: jobs.Job, workdir: epath.Path) -> str:
   """Directory of the job's CNN teacher; trains it first if there is none."""
-  folder = workdir / job.name / 'teacher'
+  folder = workdir / job.folder / 'teacher'
   network = folder / 'retrain' / 'network'
   if not network.exists():
     print('the CNN teacher', flush=True)

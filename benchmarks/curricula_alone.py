@@ -112,7 +112,7 @@ def compare(
       answers = jobs.rows_of(run, jobs.method_of(variant))
       for row in (answers[number - 1] for number in chosen):
         values = row['architecture']
-        network = save_network(supernet, values, workdir / job.name / 'alone')
+        network = save_network(supernet, values, workdir / job.folder / 'alone')
         per_update = steps_lib.FORWARD_AND_BACKWARD * row['macs'] * batch
         share = round(run['gigamacs'] * 1e9 / SHARES / per_update)
         accuracies = {

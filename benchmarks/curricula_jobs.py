@@ -48,7 +48,7 @@ class Job:
   """A data set with its model, for all curricula.
 
   Args:
-    name: Name of the directory of its runs.
+    name: What `--job` takes for it.
     get_config: Makes its config.
     changes: Keys that differ from there.
     steps: Steps of the uniform curriculum; None for those of the config.
@@ -61,6 +61,16 @@ class Job:
   changes: dict[str, Any] = dataclasses.field(default_factory=dict)
   steps: int | None = None
   long: bool = True
+
+  @property
+  def folder(self) -> str:
+    """Name of the directory of its runs."""
+    if self.name in JOBS:
+      return self.name
+    # `config` keeps the runs of a file apart from those of a job in `JOBS`.
+    path, _, variant = self.name.partition(':')
+    parts = 'config', pathlib.Path(path).stem, variant
+    return '_'.join(filter(None, parts))
 
 
 JOBS = {
@@ -107,8 +117,6 @@ def find_job(name: str) -> Job:
     raise argparse.ArgumentTypeError(
       f'wanted config.sampler.cost=macs in {path}, found {cost}'
     )
-  # `config` keeps its runs apart from those of a job in `JOBS`.
-  name = '_'.join(filter(None, ('config', pathlib.Path(path).stem, variant)))
   return Job(name, get_config)
 
 
@@ -321,4 +329,4 @@ def folder_of(
 ) -> epath.Path:
   """Workdir of one run."""
   name = f'{variant}-{seed}'.replace(', ', '-').replace(' ', '_')
-  return workdir / job.name / name
+  return workdir / job.folder / name

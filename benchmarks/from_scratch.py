@@ -193,7 +193,7 @@ def main():
   logging.set_verbosity(logging.WARNING)
   curricula.keep_compiled_programs(args.workdir)
 
-  runs = args.workdir / args.job.name
+  runs = args.workdir / args.job.folder
   rows = []
   for supernet in args.supernets:
     found = candidates(runs, supernet, args.budgets)

@@ -307,6 +307,8 @@ def test_jobs_of_config_files_have_directories_of_their_own():
     curricula_jobs.find_job(f'{ROOT}/configs/{name}')
     for name in ('digits.py', 'digits.py:smoke', 'fashion_mnist.py')
   ]
-  names = [job.name for job in jobs]
-  assert names[1] == 'config_digits_smoke'
-  assert len({*names, *curricula_jobs.JOBS}) == 3 + len(curricula_jobs.JOBS)
+  folders = [job.folder for job in jobs]
+  assert folders[1] == 'config_digits_smoke'
+  assert len({*folders, *curricula_jobs.JOBS}) == 3 + len(curricula_jobs.JOBS)
+  for job in jobs:  # A table says by which name its job is found again.
+    assert curricula_jobs.find_job(job.name).folder == job.folder
