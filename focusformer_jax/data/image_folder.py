@@ -43,6 +43,14 @@ def open_dataset(
   """Opens files in `tfds.ImageFolder`'s layout: <dir>/<split>/<class>/<image>.
 
   Classes are the folders below train, in alphabetical order.
+
+  Args:
+    settings: Data settings, whose `dir` is the folder.
+    crop: Smallest and largest share of an image's area in random crops.
+
+  Raises:
+    UserError: A folder is missing, has no images, or is of a class that train
+      does not have.
   """
   if settings.dir is None:
     raise errors.UserError(

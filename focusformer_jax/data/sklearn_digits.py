@@ -52,7 +52,13 @@ def load(split: str) -> sources.Arrays:
 def open_dataset(
   settings: config_lib.Data, crop: tuple[float, float] | None
 ) -> splits.Dataset:
-  """Opens scikit-learn's digits, which need no file."""
+  """Opens scikit-learn's digits, which need no file.
+
+  Args:
+    settings: Data settings.
+    crop: Smallest and largest share of an image's area in random crops, where
+      images are resized.
+  """
   encoded = settings.image_size != IMAGE_SIZE
 
   @functools.cache

@@ -28,7 +28,16 @@ with epy.lazy_imports():
 def open_dataset(
   settings: config_lib.Data, crop: tuple[float, float] | None
 ) -> splits.Dataset:
-  """Opens a data set of TFDS."""
+  """Opens a data set of TFDS; prepares it first if need be.
+
+  Args:
+    settings: Data settings, whose `name` is that of the data set.
+    crop: Smallest and largest share of an image's area in the random crops of
+      encoded images.
+
+  Raises:
+    UserError: There is no such data set, or it cannot be prepared.
+  """
   builder = prepared_builder(settings)
   features = builder.info.features
   height, width, channels = features['image'].shape
@@ -85,7 +94,12 @@ def open_dataset(
 
 
 def prepared_builder(settings: config_lib.Data) -> 'tfds.core.DatasetBuilder':
-  """TFDS's builder of a data set, which is on disk afterwards."""
+  """TFDS's builder of a data set, which is on disk afterwards.
+
+  Raises:
+    UserError: There is no such data set, it has no 8-bit images with class
+      labels or no split train, or it cannot be prepared.
+  """
   name = settings.name
   try:
     builder = tfds.builder(
