@@ -263,14 +263,7 @@ def main():
     summaries[name] = summary(found, jobs.method_of(name))
     if not args.job.long:
       summaries[name + tables.RANDOM] = summary(found, 'random')
-  print(tables.table(summaries))
-  print(*tables.unequal(summaries), sep='\n')
-  print('\nMean held-out loss of the answers, which chooses settings:\n')
-  print(tables.heldout(summaries))
-  leaders = [name for name in summaries if name.startswith('focus')]
-  if leaders and len(summaries) > 1:
-    print('\nLead in points of test accuracy (in standard errors):\n')
-    print(tables.leads(summaries, leaders[0]))
+  print(tables.report(summaries))
   result = {
     'job': args.job.name,
     'seeds': list(seeds),

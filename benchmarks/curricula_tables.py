@@ -94,7 +94,7 @@ def table(summaries: dict[str, Summary]) -> str:
         found['method'],
         *(with_error(accuracy, 100, 1) for accuracy in accuracies),
         *(with_error(found[key], 1, 4) for key in VOLUMES),
-        f'{found["evaluations"]:,}',
+        f'{found["evaluations"]:,.0f}',
         f'{found["seconds"]:.3g}',
         with_error(compute(found), 1e-3, 2),
       ]
@@ -170,3 +170,18 @@ def unequal(summaries: dict[str, Summary]) -> list[str]:
         f'{steps:,} steps would be equal'
       )
   return lines
+
+
+def report(summaries: dict[str, Summary]) -> str:
+  """All tables; the first row of focus is compared with all others."""
+  parts = [
+    table(summaries),
+    *unequal(summaries),
+    '\nMean held-out loss of the answers, which chooses settings:\n',
+    heldout(summaries),
+  ]
+  leaders = [name for name in summaries if name.startswith('focus')]
+  if leaders and len(summaries) > 1:
+    parts.append('\nLead in points of test accuracy (in standard errors):\n')
+    parts.append(leads(summaries, leaders[0]))
+  return '\n'.join(parts)

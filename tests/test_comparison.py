@@ -2,10 +2,14 @@
 
 import math
 
+import jax
+import numpy as np
 import pytest
 
 from benchmarks import curricula
+from benchmarks import curricula_pool
 from benchmarks import curricula_tables as tables
+from focusformer_jax import errors
 
 
 @pytest.mark.parametrize(
@@ -49,3 +53,76 @@ def test_rows_of_unequal_compute_are_named():
   [line] = tables.unequal(rows)
   assert line.startswith('far: 1.03 times the multiply-adds of focus')
   assert line.endswith('1,000 steps would be equal')
+
+
+def made_up_run(seed: int) -> dict:
+  """A run as `curricula.outcome` gives it, of random figures."""
+  random = np.random.default_rng(seed)
+
+  def row(method: str, budget: int) -> dict:
+    return {
+      'method': method,
+      'budget': budget,
+      'macs': int(random.integers(1000, budget)),
+      'test_accuracy': random.random(),
+      'heldout_loss': random.random(),
+    }
+
+  return {
+    'steps': 30,
+    'gigamacs': random.random(),
+    'trained': {'depth': random.dirichlet(np.ones(3)).tolist()},
+    'range': [900, 9000],
+    'rows': [
+      *(row('sampler', budget) for budget in (2000, 4000, 8000)),
+      row('smallest', 2000),
+      row('largest', 8000),
+    ],
+    'methods': {'sampler': {'evaluations': int(random.integers(3, 9))}},
+    'timing': {'sampler_seconds': random.random()},
+  }
+
+
+def results_of(seeds: list[int]) -> dict:
+  runs = [made_up_run(seed) for seed in seeds]
+  row = curricula.summary(runs, 'sampler')
+  return {'job': 'digits', 'seeds': seeds, 'curricula': {'focus': row}}
+
+
+def test_pooled_results_are_those_of_all_seeds():
+  pooled = curricula_pool.pool_results(
+    [results_of([0, 1, 2]), results_of([3]), results_of([4, 5])]
+  )
+  wanted = results_of([0, 1, 2, 3, 4, 5])
+  assert pooled['seeds'] == wanted['seeds']
+  # `curricula.py` rounds the evaluations of each file.
+  evaluations = pooled['curricula']['focus'].pop('evaluations')
+  exact = wanted['curricula']['focus'].pop('evaluations')
+  assert evaluations == pytest.approx(exact, abs=0.5)
+  assert_near(pooled, wanted)
+
+
+def assert_near(found, wanted):
+  """Asserts that two nested results are equal but for rounding."""
+  assert jax.tree.structure(found) == jax.tree.structure(wanted)
+  for each, other in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    assert each == (other if isinstance(other, str) else pytest.approx(other))
+
+
+def with_steps(results: dict, steps: int) -> dict:
+  results['curricula']['focus']['steps'] = steps
+  return results
+
+
+@pytest.mark.parametrize(
+  'other, only, wanted',
+  [
+    (results_of([2, 3]), None, 'wanted each seed in one file only'),
+    (results_of([4]) | {'job': 'smoke'}, None, 'wanted results of one job'),
+    (with_steps(results_of([4]), 31), None, 'wanted the same steps'),
+    (results_of([4]), ['shift'], "wanted the curriculum 'shift'"),
+  ],
+)
+def test_results_that_do_not_belong_together_are_errors(other, only, wanted):
+  with pytest.raises(errors.UserError, match=wanted):
+    curricula_pool.pool_results([results_of([0, 1, 2]), other], only)
