@@ -143,7 +143,7 @@ def augmentation(config, images: int, rounds: int) -> tuple[float, float]:
   # Only shapes matter, so no data set is opened.
   classes, size = 100, settings.data.image_size
   dataset = splits.Dataset(
-    name=settings.data.name,
+    settings=settings.data,
     classes=tuple(map(str, range(classes))),
     channels=3,
     encoded=False,
@@ -151,8 +151,6 @@ def augmentation(config, images: int, rounds: int) -> tuple[float, float]:
     open_split=None,
     splits=(),
     contents={},
-    heldout=0.1,
-    test='test',
   )
   experiment = experiment_lib.Experiment(
     settings, dataset, sharding.make_mesh(-1, 1, jax.devices()[:1])

@@ -134,7 +134,7 @@ def test_splits_are_stable_and_disjoint(dataset):
 
 def part_sizes(count: int, heldout: float) -> tuple[int, int]:
   dataset = splits.Dataset(
-    name='numbered',
+    settings=data_settings(heldout=heldout),
     classes=('a',),
     channels=1,
     encoded=False,
@@ -142,8 +142,6 @@ def part_sizes(count: int, heldout: float) -> tuple[int, int]:
     open_split=lambda name: numbered(count),
     splits=('train', 'test'),
     contents={},
-    heldout=heldout,
-    test='test',
   )
   train, heldout = dataset.split('train').label, dataset.split('heldout').label
   assert np.array_equal(np.concatenate([train, heldout]), np.arange(count))

@@ -113,7 +113,7 @@ def open_dataset(
     for path, _ in files
   )
   return splits.Dataset(
-    name=settings.name,
+    settings=settings,
     classes=tuple(classes),
     channels=3,
     encoded=True,
@@ -124,10 +124,6 @@ def open_dataset(
       'images': {split: len(files) for split, files in shown.items()},
       'names': f'{zlib.crc32(names.encode()):08x}',
     },
-    heldout=settings.heldout,
-    test=settings.test,
-    cache=settings.cache,
-    cache_side=settings.cache_side,
     folder=str(root),
   )
 

@@ -75,7 +75,7 @@ def open_dataset(
     )
 
   return splits.Dataset(
-    name=settings.name,
+    settings=settings,
     classes=CLASSES,
     channels=1,
     encoded=encoded,
@@ -87,8 +87,4 @@ def open_dataset(
       'classes': len(CLASSES),
       'images': {name: len(load(name).label) for name in SPLITS},
     },
-    heldout=settings.heldout,
-    test=settings.test,
-    cache=settings.cache,
-    cache_side=settings.cache_side,
   )

@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 import zlib
 
+from focusformer_jax import config as config_lib
 from focusformer_jax import errors
 from focusformer_jax.data import image_cache
 from focusformer_jax.data import sources
@@ -22,7 +23,8 @@ class Dataset:
   and mixes the classes. The test split is never used to choose anything.
 
   Args:
-    name: Its `config.data.name`.
+    settings: Its name, the share of the train split that is held out, the split
+      to test on, and the cache of decoded training images, if any.
     classes: Names of the classes, by label.
     channels: 1 or 3.
     encoded: Whether images are decoded, cropped and resized batch by batch,
@@ -32,14 +34,10 @@ class Dataset:
     open_split: Opens the split of a name.
     splits: Names of the splits.
     contents: JSON values that tell this data set from a changed one.
-    heldout: Share of the train split that is held out.
-    test: Name of the split to test on.
-    cache: Directory of the cache of decoded training images, if any.
-    cache_side: Shorter side of the images there, in pixels.
     folder: Directory of an image folder; other folders have other caches.
   """
 
-  name: str
+  settings: config_lib.Data
   classes: tuple[str, ...]
   channels: int
   encoded: bool
@@ -47,10 +45,6 @@ class Dataset:
   open_split: Callable[[str], sources.Source]
   splits: tuple[str, ...]
   contents: dict[str, Any]
-  heldout: float
-  test: str
-  cache: str | None = None
-  cache_side: int = 256
   folder: str | None = None
 
   @property
@@ -64,26 +58,29 @@ class Dataset:
       UserError: There is no such test split, or the held-out share leaves no
         images for the split.
     """
+    settings = self.settings
     # None are known of data sets that TFDS mocks.
-    if self.splits and self.test not in self.splits:
+    if self.splits and settings.test not in self.splits:
       raise errors.UserError(
         f'config.data.test: wanted one of the splits {sorted(self.splits)} of '
-        f'{self.name}, found {self.test!r}'
+        f'{settings.name}, found {settings.test!r}'
       )
     if name == 'test':
-      return self.open_split(self.test)
+      return self.open_split(settings.test)
     source = self.open_split('train')
     # Exactly the decimal that was written: the float 0.1 is more than a tenth.
-    share = 1 - fractions.Fraction(str(self.heldout))
+    share = 1 - fractions.Fraction(str(settings.heldout))
     end = round(share * len(source))
     bounds = {'train': (0, end), 'heldout': (end, len(source))}
     source = source.part(*bounds[name])
     if not len(source):
       raise errors.UserError(
         f'config.data.heldout: wanted a share that leaves images for {name}, '
-        f'found {self.heldout}'
+        f'found {settings.heldout}'
       )
-    return self._cached(source) if name == 'train' and self.cache else source
+    if name == 'train' and settings.cache:
+      return self._cached(source)
+    return source
 
   def _cached(self, source: sources.Source) -> sources.Source:
     """The training images, decoded; other splits are seen as they are stored.
@@ -91,25 +88,26 @@ class Dataset:
     Raises:
       UserError: They are in memory anyway, or the cache cannot be written.
     """
+    settings = self.settings
     if not isinstance(source, sources.Encoded):
       raise errors.UserError(
-        f'config.data.cache: wanted None for {self.name}, whose images are '
-        f'kept in memory at this size, found {self.cache!r}'
+        f'config.data.cache: wanted None for {settings.name}, whose images '
+        f'are kept in memory at this size, found {settings.cache!r}'
       )
-    if '://' in self.cache:
+    if '://' in settings.cache:
       raise errors.UserError(
         f'config.data.cache: wanted a directory on a local disk, found '
-        f'{self.cache!r}'
+        f'{settings.cache!r}'
       )
     count = len(source)
-    facts = [self.contents, count, self.cache_side, source.channels]
+    facts = [self.contents, count, settings.cache_side, source.channels]
     facts += [self.folder] if self.folder else []
     crc32 = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
     images = image_cache.open_cache(
-      pathlib.Path(self.cache) / f'{self.name}-{crc32:08x}',
+      pathlib.Path(settings.cache) / f'{settings.name}-{crc32:08x}',
       count,
       source.example,
-      self.cache_side,
+      settings.cache_side,
       source.channels,
     )
     return dataclasses.replace(source, examples=images, indices=range(count))

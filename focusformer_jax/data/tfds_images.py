@@ -72,7 +72,7 @@ def open_dataset(
     return sources.Arrays(images, labels)
 
   return splits.Dataset(
-    name=settings.name,
+    settings=settings,
     classes=tuple(features['label'].names),
     channels=channels,
     encoded=encoded,
@@ -86,10 +86,6 @@ def open_dataset(
         name: split.num_examples for name, split in builder.info.splits.items()
       },
     },
-    heldout=settings.heldout,
-    test=settings.test,
-    cache=settings.cache,
-    cache_side=settings.cache_side,
   )
 
 

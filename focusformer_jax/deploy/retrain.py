@@ -234,7 +234,7 @@ def prepare(
   if dataset.channels != channels:
     raise errors.UserError(
       f'config.data.name: wanted images of {channels} channels, which the '
-      f'network reads, found {dataset.channels} in {dataset.name}'
+      f'network reads, found {dataset.channels} in {settings.data.name}'
     )
   if settings.data.image_size % patch:
     raise errors.UserError(

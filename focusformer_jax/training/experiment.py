@@ -450,7 +450,7 @@ def create(settings: config_lib.Settings, devices=None) -> Experiment:
   if len(mean) not in (1, dataset.channels):
     raise errors.UserError(
       f'config.augment.mean: wanted one number or one for each of the '
-      f'{dataset.channels} channels of {dataset.name}, found {mean}'
+      f'{dataset.channels} channels of {settings.data.name}, found {mean}'
     )
   experiment = Experiment(settings, dataset, mesh)
   bins = experiment.cost_bins
