@@ -15,19 +15,20 @@ multiply-adds. Prints tables, and draws a plot beside the JSON.
 
 `--job` is a name or a config file, such as `configs/cifar100.py`; a config's
 `train.steps` are those of the uniform curriculum. The numbers of steps are
-chosen for equal multiply-adds, including scores on held-out images. The table
-has the actual numbers; where they differ by over 2%, the program prints the
-number of steps that would be equal. Hypervolume is the dominated share of the
-plane of test accuracy and the logarithm of MACs, for the answers alone and with
-the smallest and the largest subnet, which every search reports, among them. The
-workdir keeps all runs, and a repeated command resumes. `--only` selects
-curricula or ablations, of which the first row of focus is compared with all
-others. `curricula_jobs.py` has all names. Settings are chosen by the mean
-held-out loss of the answers with other seeds than those of the tables:
-`--first-seed`.
+chosen for equal multiply-adds on Fashion-MNIST, including scores on held-out
+images. The table has the actual numbers; where they differ by over 2%, the
+program prints the number of steps that would be equal, which `--steps` takes.
+Hypervolume is the dominated share of the plane of test accuracy and the
+logarithm of MACs, for the answers alone and with the smallest and the largest
+subnet, which every search reports, among them. The workdir keeps all runs, and
+a repeated command resumes. `--only` selects curricula or ablations, of which
+the first row of focus is compared with all others. `curricula_jobs.py` has all
+names. Settings are chosen by the mean held-out loss of the answers with other
+seeds than those of the tables: `--first-seed`.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -202,6 +203,14 @@ def main():
     '--only', nargs='+', choices=jobs.VARIANTS, default=jobs.CURRICULA
   )
   parser.add_argument(
+    '--steps',
+    type=jobs.parse_steps,
+    nargs='+',
+    default=[],
+    metavar='CURRICULUM=STEPS',
+    help='other numbers of steps, such as focus=6000',
+  )
+  parser.add_argument(
     '--alone',
     type=int,
     nargs='+',
@@ -241,6 +250,7 @@ def main():
     parser.error(
       f'--alone-of: wanted curricula of --only, found {", ".join(missing)}'
     )
+  job = dataclasses.replace(args.job, variant_steps=dict(args.steps))
   flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag.
   logging.set_verbosity(logging.ERROR)  # Orbax warns of what is no fault.
   keep_compiled_programs(args.workdir)
@@ -251,28 +261,29 @@ def main():
   planned = list(itertools.product(seeds, args.only))
   for number, (seed, name) in enumerate(planned, 1):
     print(f'run {number} of {len(planned)}: {name}, seed {seed}', flush=True)
-    folder = jobs.folder_of(args.workdir, args.job, name, seed)
-    settings = jobs.settings_of(args.job, name, seed)
+    folder = jobs.folder_of(args.workdir, job, name, seed)
+    settings = jobs.settings_of(job, name, seed)
     if settings.distillation.teacher == jobs.CNN:
-      frozen = {'distillation.teacher': teacher(args.job, args.workdir)}
-      settings = jobs.settings_of(args.job, name, seed, frozen)
+      frozen = {'distillation.teacher': teacher(job, args.workdir)}
+      settings = jobs.settings_of(job, name, seed, frozen)
     runs[name].append(outcome(settings, folder))
 
   summaries = {}
   for name, found in runs.items():
     summaries[name] = summary(found, jobs.method_of(name))
-    if not args.job.long:
+    if not job.long:
       summaries[name + tables.RANDOM] = summary(found, 'random')
   print(tables.report(summaries))
   result = {
-    'job': args.job.name,
+    'job': job.name,
     'seeds': list(seeds),
+    'variant_steps': job.variant_steps,
     'curricula': summaries,
   }
   if args.alone:
     chosen = {name: runs[name][: args.alone_seeds] for name in args.alone_of}
     compared = alone.compare(
-      args.job, args.workdir, chosen, args.alone, args.alone_updates
+      job, args.workdir, chosen, args.alone, args.alone_updates
     )
     for name, rows in compared.items():
       key = 'alone' if name == 'focus' else f'alone_{name}'
@@ -281,7 +292,7 @@ def main():
       print(tables.alone_table(rows))
   if args.json:
     atomic_files.write_json(args.json, result)
-    tables.plot(summaries, args.json.with_suffix('.png'), args.job.name)
+    tables.plot(summaries, args.json.with_suffix('.png'), job.name)
 
 
 if __name__ == '__main__':

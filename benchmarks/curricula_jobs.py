@@ -52,6 +52,7 @@ class Job:
     get_config: Makes its config.
     changes: Keys that differ from there.
     steps: Steps of the uniform curriculum; None for those of the config.
+    variant_steps: Steps of variants that are not to have `share` times as many.
     long: Whether sampler and evolution are all that is asked for answers, and
       the sampler's candidates are evaluated on held-out images.
   """
@@ -60,6 +61,7 @@ class Job:
   get_config: Callable[[], ml_collections.ConfigDict]
   changes: dict[str, Any] = dataclasses.field(default_factory=dict)
   steps: int | None = None
+  variant_steps: dict[str, int] = dataclasses.field(default_factory=dict)
   long: bool = True
 
   @property
@@ -234,6 +236,21 @@ VARIANTS |= {
 }
 
 
+def parse_steps(text: str) -> tuple[str, int]:
+  """The variant and its number of steps, of a text like `focus=6000`.
+
+  Raises:
+    argparse.ArgumentTypeError: There is no such variant, or no number above 0.
+  """
+  name, _, steps = text.rpartition('=')
+  if name not in VARIANTS or not steps.isdecimal() or int(steps) == 0:
+    raise argparse.ArgumentTypeError(
+      f'wanted a curriculum and its number of steps, like focus=6000, found '
+      f'{text}'
+    )
+  return name, int(steps)
+
+
 def method_of(variant: str) -> str:
   """The search method whose answers are the variant's own."""
   return 'sampler' if variant.startswith('focus') else 'evolution'
@@ -251,7 +268,10 @@ def settings_of(
   """Settings of one run; `more` overrides keys."""
   config = job.get_config()
   changes = job.changes | VARIANTS[variant]
-  steps = round(changes.pop('share', 1.0) * (job.steps or config.train.steps))
+  share = changes.pop('share', 1.0)
+  steps = job.variant_steps.get(
+    variant, round(share * (job.steps or config.train.steps))
+  )
   method = method_of(variant)
   changes |= {
     'seed': seed,

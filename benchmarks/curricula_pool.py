@@ -117,7 +117,12 @@ def pool_results(
       )
     same = [each['curricula'][name] for each in found]
     summaries[name] = pool_summaries(same, counts)
-  return {'job': found[0]['job'], 'seeds': seeds, 'curricula': summaries}
+  return {
+    'job': found[0]['job'],
+    'seeds': seeds,
+    'variant_steps': found[0].get('variant_steps', {}),
+    'curricula': summaries,
+  }
 
 
 def read_results(path: pathlib.Path) -> dict[str, Any]:

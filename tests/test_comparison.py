@@ -1,5 +1,7 @@
 """Figures of the comparison of curricula, computed by hand."""
 
+import argparse
+import dataclasses
 import math
 
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import curricula
+from benchmarks import curricula_jobs
 from benchmarks import curricula_pool
 from benchmarks import curricula_tables as tables
 from focusformer_jax import errors
@@ -86,7 +89,12 @@ def made_up_run(seed: int) -> dict:
 def results_of(seeds: list[int]) -> dict:
   runs = [made_up_run(seed) for seed in seeds]
   row = curricula.summary(runs, 'sampler')
-  return {'job': 'digits', 'seeds': seeds, 'curricula': {'focus': row}}
+  return {
+    'job': 'digits',
+    'seeds': seeds,
+    'variant_steps': {},
+    'curricula': {'focus': row},
+  }
 
 
 def test_pooled_results_are_those_of_all_seeds():
@@ -126,3 +134,20 @@ def with_steps(results: dict, steps: int) -> dict:
 def test_results_that_do_not_belong_together_are_errors(other, only, wanted):
   with pytest.raises(errors.UserError, match=wanted):
     curricula_pool.pool_results([results_of([0, 1, 2]), other], only)
+
+
+def test_numbers_of_steps_can_be_given():
+  name, steps = curricula_jobs.parse_steps('focus, S=1=700')
+  assert (name, steps) == ('focus, S=1', 700)
+  job = dataclasses.replace(
+    curricula_jobs.find_job('digits'), variant_steps={name: steps}
+  )
+  assert curricula_jobs.settings_of(job, name, seed=0).train.steps == 700
+  others = curricula_jobs.settings_of(job, 'uniform', seed=0)
+  assert others.train.steps == job.steps
+
+
+@pytest.mark.parametrize('text', ['focus', 'focus=', 'focus=0', 'shrift=10'])
+def test_steps_that_are_none_are_errors(text):
+  with pytest.raises(argparse.ArgumentTypeError, match='wanted a curriculum'):
+    curricula_jobs.parse_steps(text)

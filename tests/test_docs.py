@@ -1,6 +1,7 @@
 """The documents: their links and paths lead to something that is there."""
 
 import argparse
+import dataclasses
 import json
 import re
 import runpy
@@ -106,7 +107,10 @@ COMPARISONS = [
 @pytest.mark.parametrize('path', COMPARISONS, ids=ids)
 def test_results_have_the_steps_that_their_command_takes(path):
   results = json.loads(path.read_text())
-  job = curricula_jobs.find_job(results['job'])
+  job = dataclasses.replace(
+    curricula_jobs.find_job(results['job']),
+    variant_steps=results.get('variant_steps', {}),
+  )
   for name, row in results['curricula'].items():
     settings = curricula_jobs.settings_of(job, name, seed=0)
     assert row['steps'] == settings.train.steps, name
