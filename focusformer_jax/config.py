@@ -73,9 +73,9 @@ class Data(schema.Section):
     'Directory on a local disk for decoded training images, which are written '
     'once and then cropped in place of being decoded in every epoch; None for '
     'no cache. At 3 bytes per pixel, the 1.15 million training images of '
-    'ImageNet take 300 GB with `cache_side=256` and 76 GB with 128. They take '
-    'no memory of the process, but the operating system keeps in its own what '
-    'fits there, and reads the rest from the disk in every epoch.',
+    'ImageNet take 300 GB with `cache_side=256` and 76 GB with 128. The '
+    'file is mapped into memory: the operating system keeps what fits there, '
+    'and reads the rest from the disk in every epoch.',
   )
   cache_side: int = key(
     256,
@@ -710,7 +710,8 @@ class Search(schema.Section):
   method: tuple[str, ...] = key(
     ('sampler', 'random'),
     'Methods to run: `sampler`, `random`, `evolution` or `nsga2`, the names in '
-    '`search/methods.py`. The largest network of the first one is extracted.',
+    '`search/methods.py`. The answer of the first one to the largest budget is '
+    'extracted.',
   )
   budgets: tuple[float, ...] = key(
     (),
