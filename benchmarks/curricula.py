@@ -66,10 +66,9 @@ def outcome(
   """Results of a run, read from its workdir; runs missing stages first."""
   jobs.check_settings(settings, workdir)
   experiment = experiment_lib.create(settings)
-  if not train.is_finished(experiment, workdir):
+  if train.latest_step(experiment, workdir) != settings.train.steps:
     stages.run(settings, workdir, 'train')
-  with train.open_checkpoints(experiment, workdir) as checkpoints:
-    state = checkpoints.restore(experiment.abstract_state)
+  state = train.load_state(experiment, workdir)
   wanted = fingerprint.of_answers(experiment, state)
   if not stages.is_searched(workdir, wanted, settings.search):
     stages.run(settings, workdir, 'search')
@@ -235,6 +234,9 @@ def main():
   )
   parser.add_argument('--json', type=pathlib.Path, help='write the table here')
   args = parser.parse_args()
+  for name in ('only', 'alone', 'alone_of'):
+    # A name that is given twice counts once.
+    setattr(args, name, list(dict.fromkeys(getattr(args, name))))
   if args.seeds < 1:
     parser.error(f'--seeds: wanted at least 1, found {args.seeds}')
   if not 1 <= args.alone_seeds <= args.seeds:

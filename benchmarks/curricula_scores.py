@@ -25,6 +25,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks import curricula_tables as tables
+from focusformer_jax import errors
 from focusformer_jax import runs as runs_lib
 from focusformer_jax.search import answers
 from focusformer_jax.search import score_cache
@@ -83,4 +84,7 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  try:
+    main()
+  except errors.UserError as error:
+    sys.exit(f'error: {error}')

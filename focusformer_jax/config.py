@@ -994,6 +994,11 @@ class Settings(schema.Section):
         'config.sampler.cost=latency, found None'
       )
 
+  def without_cache(self) -> 'Settings':
+    """The settings without a cache of images, for where nothing is trained."""
+    data = dataclasses.replace(self.data, cache=None)
+    return dataclasses.replace(self, data=data)
+
 
 def default() -> ml_collections.ConfigDict:
   """The defaults, for a config file to change."""

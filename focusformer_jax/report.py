@@ -2,6 +2,7 @@
 
 import base64
 import collections
+from collections.abc import Sequence
 import html
 import io
 import json
@@ -117,15 +118,18 @@ def _short_ticks(axis: matplotlib.axis.Axis) -> None:
 _short = ticker.EngFormatter(places=1, sep='')
 
 
+def _labels(budgets: Sequence[int]) -> dict[int, str]:
+  """Short labels of budgets; those that would be alike are shown in full."""
+  alike = collections.Counter(map(_short, budgets))
+  return {b: _short(b) if alike[_short(b)] == 1 else f'{b:,}' for b in budgets}
+
+
 def curve_plots(curves: metrics.Curves) -> dict[str, figure_lib.Figure]:
   """One plot for each kind of metric that training logged."""
   budgets = sorted(
     {int(m[1]) for name in curves if (m := re.match(r'budget_(\d+)/', name))}
   )
-
-  # Budgets that are alike when they are short are shown in full.
-  alike = collections.Counter(map(_short, budgets))
-  label = {b: _short(b) if alike[_short(b)] == 1 else f'{b:,}' for b in budgets}
+  label = _labels(budgets)
 
   def per_budget(metric: str) -> metrics.Curves:
     lines = {label[b]: curves.get(f'budget_{b}/{metric}') for b in budgets}
@@ -174,7 +178,7 @@ def policy_plots(policy: dict[str, Any]) -> dict[str, figure_lib.Figure]:
   layer is alive.
   """
   budgets = policy['budgets']
-  labels = [_short(b['budget']) for b in budgets]
+  labels = list(_labels([b['budget'] for b in budgets]).values())
   shades = dict(cmap='Blues', vmin=0, vmax=1, aspect='auto')
   plots = {}
 

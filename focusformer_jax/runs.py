@@ -338,6 +338,7 @@ def train(settings: config_lib.Settings, workdir: epath.PathLike) -> Run:
   Raises:
     UserError: The settings do not fit the data set, the devices or the
       checkpoint, or too many updates were not finite.
+    loop.Preempted: SIGTERM came; a checkpoint is written.
   """
   stages.run(settings, epath.Path(workdir), 'train')
   return load_run(workdir)
@@ -360,7 +361,7 @@ def load_run(workdir: epath.PathLike) -> Run:
       f'workdir: wanted the directory of a trained run, found no {path}; train '
       'one with python main.py --config=CONFIG --workdir=WORKDIR'
     )
-  settings = config_lib.parse(atomic_files.read_json(path))
+  settings = config_lib.parse(atomic_files.read_json(path)).without_cache()
   settings = dataclasses.replace(
     settings,
     mesh=config_lib.Mesh(data=-1, fsdp=1),
@@ -368,7 +369,10 @@ def load_run(workdir: epath.PathLike) -> Run:
     supernet=dataclasses.replace(settings.supernet, attention='auto'),
     extract=config_lib.Extract(),
   )
+  if settings.supernet.head:  # A teacher is for training alone.
+    settings = dataclasses.replace(
+      settings, distillation=config_lib.Distillation()
+    )
   experiment = experiment_lib.create(settings, devices=jax.local_devices()[:1])
-  with train_lib.open_checkpoints(experiment, workdir) as checkpoints:
-    state = checkpoints.restore(experiment.abstract_state)
+  state = train_lib.load_state(experiment, workdir)
   return Run(experiment, state, workdir)

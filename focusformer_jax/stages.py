@@ -3,6 +3,7 @@
 Each stage reads what earlier ones left in the workdir.
 """
 
+import collections
 from collections.abc import Sequence
 import dataclasses
 import json
@@ -67,6 +68,9 @@ def run(
     loop.Preempted: SIGTERM came during training; a checkpoint is written.
   """
   methods.check(settings.search)
+  _check_workdir(workdir, mode, settings)
+  if mode not in ('run', 'train', 'retrain'):  # The others train nothing.
+    settings = settings.without_cache()
   settings = initial_network.settle(settings, workdir)
   if mode == 'report':
     _refuse_stale_results(settings, workdir)
@@ -80,13 +84,13 @@ def run(
     return
   experiment = experiment_lib.create(settings)
   evaluator = evaluate.Evaluator(experiment)
-  finished = train.is_finished(experiment, workdir)
+  finished = train.latest_step(experiment, workdir) == settings.train.steps
   if mode == 'train' or (mode == 'run' and not finished):
     train.train(experiment, evaluator, workdir)
   if mode == 'train':
     return
 
-  state = _restore(experiment, workdir)
+  state = train.load_state(experiment, workdir)
   wanted = fingerprint.of_answers(experiment, state)
   if mode == 'search' or (
     mode == 'run' and not is_searched(workdir, wanted, settings.search)
@@ -102,16 +106,24 @@ def run(
     _report(workdir)
 
 
-def _restore(
-  experiment: experiment_lib.Experiment, workdir: epath.Path
-) -> state_lib.TrainState:
-  if not (workdir / train.CHECKPOINTS).exists():
-    raise errors.UserError(
-      f'--workdir: wanted a trained run in {workdir}, found no checkpoint; '
-      'use --mode=train first'
-    )
-  with train.open_checkpoints(experiment, workdir) as checkpoints:
-    return checkpoints.restore(experiment.abstract_state)
+def _check_workdir(
+  workdir: epath.Path, mode: str, settings: config_lib.Settings
+) -> None:
+  """Refuses a directory without what the mode needs, before anything is made.
+
+  Raises:
+    UserError: It lacks checkpoints, results or a network.
+  """
+  if mode in ('search', 'extract', 'export'):
+    train.check_trained(workdir)
+  elif mode == 'report':
+    _results(workdir)
+  elif mode == 'retrain' and not settings.retrain.network:
+    if not (workdir / 'subnet').exists():
+      raise errors.UserError(
+        f'--workdir: wanted a network in {workdir / "subnet"}, found none; use '
+        '--mode=extract first, or name one in config.retrain.network'
+      )
 
 
 def _results(workdir: epath.Path) -> dict[str, Any]:
@@ -181,8 +193,10 @@ def _refuse_stale_results(
       f'{path}: wanted the fingerprint of what the results depend on, found '
       'results of an earlier version; use --mode=search to search again'
     )
-  key = fingerprint.difference(fingerprint.of_config(settings), found)
-  if key:
+  # A fact that is not told has its default.
+  implied = experiment_lib.IMPLIED_FACTS
+  config = fingerprint.of_config(settings)
+  if key := fingerprint.difference(implied | config, implied | found):
     raise errors.UserError(
       f'{path}: wanted results of config.{key}; change that key, '
       'or use --mode=search to search again'
@@ -291,14 +305,20 @@ def _write_exports(
   workdir: epath.Path,
 ) -> None:
   """Writes each network once, and the demo of all, in this process."""
-  networks = {}
+  networks, costs = {}, collections.Counter()
   for arch in archs:
     description = experiment.space.describe(arch)
     if description in networks:  # The answer to several budgets.
       continue
-    network = jax.device_put(vit.extract(weights, arch))
+    cost = experiment.cost_bins.table.of(arch)
+    costs[cost] += 1
     networks[description] = export.export(
-      experiment, network, arch, step, workdir / 'export'
+      experiment,
+      jax.device_put(vit.extract(weights, arch)),
+      arch,
+      step,
+      workdir / 'export',
+      suffix=f'-{costs[cost]}' if costs[cost] > 1 else '',
     )
     print(networks[description].directory)
   if experiment.settings.export.demo:

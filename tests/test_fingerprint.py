@@ -105,7 +105,7 @@ def test_keys_that_older_results_lack_had_their_defaults(
   found = results(searched)
   del found['search']['score']
   (workdir / 'results.json').write_text(json.dumps(found))
-  state = stages._restore(experiment, workdir)
+  state = train.load_state(experiment, workdir)
   options = dataclasses.replace(experiment.settings.search, score=score)
   wanted = fingerprint.of_answers(experiment, state)
   assert stages.is_searched(workdir, wanted, options) == same

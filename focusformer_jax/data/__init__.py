@@ -1,5 +1,5 @@
 """Images: data sets, decoding, batches, and augmentation on the device.
 
-May import `config`, `sharding` and `progress`; knows nothing of models or
+May import `config`, `sharding` and what they may; knows nothing of models or
 training.
 """

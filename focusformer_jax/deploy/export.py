@@ -82,6 +82,7 @@ def export(
   arch: search_space.Architecture,
   step: int,
   parent: epath.Path,
+  suffix: str = '',
 ) -> card.Exported:
   """Writes a directory for a network, named after the data set and the cost.
 
@@ -93,6 +94,7 @@ def export(
     arch: Its architecture.
     step: Step of the checkpoint that its weights come from.
     parent: Parent of the directory.
+    suffix: Tells networks of the same cost apart: the end of the name.
 
   Returns:
     The directory, with the files of `USE` and a model card, and what was
@@ -104,7 +106,7 @@ def export(
   """
   table, recipe = experiment.cost_bins.table, experiment.recipe
   name = experiment.settings.data.name.replace('/', '_')
-  directory = parent / f'{name}-{table.of(arch)}-{table.name}'
+  directory = parent / f'{name}-{table.of(arch)}-{table.name}{suffix}'
   network = vit.VisionTransformer(
     network.stem, list(network.blocks), network.head, network.geometry
   )

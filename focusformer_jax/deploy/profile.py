@@ -23,7 +23,6 @@ from focusformer_jax import errors
 from focusformer_jax import text_table
 from focusformer_jax.deploy import latency
 from focusformer_jax.sampler import conditional
-from focusformer_jax.sampler import cost_bins
 from focusformer_jax.spaces import cost
 from focusformer_jax.spaces import latency_table
 from focusformer_jax.spaces import search_space
@@ -120,10 +119,10 @@ def _uniform_architectures(
   experiment: experiment_lib.Experiment,
 ) -> search_space.Architecture:
   """A batch of DRAWS architectures, drawn uniformly from the whole space."""
-  budgets = experiment.cost_bins
+  bins = experiment.cost_bins
   draw = jax.jit(
     lambda key: conditional.uniform_within(
-      key, experiment.space, budgets, budgets.range[1], DRAWS
+      key, experiment.space, bins, bins.range[1], DRAWS
     )
   )
   return draw(_key(experiment, 0))
@@ -295,18 +294,17 @@ def _compared(timed: Sequence[Timed]) -> str:
 def _random(
   experiment: experiment_lib.Experiment,
 ) -> list[search_space.Architecture]:
-  """`config.profile.networks` architectures, spread over the range of MACs."""
-  settings = experiment.settings
-  budgets = cost_bins.CostBins(experiment.tables['macs'], settings.sampler.bins)
+  """`config.profile.networks` architectures, spread over the range of costs."""
+  bins = experiment.cost_bins
 
   @jax.jit
   @jax.vmap
   def draw(key, budget):
-    return conditional.uniform_within(key, experiment.space, budgets, budget, 1)
+    return conditional.uniform_within(key, experiment.space, bins, budget, 1)
 
-  count = settings.profile.networks
+  count = experiment.settings.profile.networks
   keys = jax.random.split(_key(experiment, 1), count)
-  archs = draw(keys, np.geomspace(*budgets.range, count).astype(np.int32))
+  archs = draw(keys, np.geomspace(*bins.range, count).astype(np.int32))
   return search_space.unstack(jax.tree.map(lambda leaf: leaf[:, 0], archs))
 
 
@@ -314,10 +312,9 @@ def _decoded(
   experiment: experiment_lib.Experiment, workdir: epath.Path
 ) -> list[tuple[int, search_space.Architecture]]:
   """The decoded architecture for each budget; empty without a sampler."""
-  if not (workdir / train.CHECKPOINTS).exists():
+  if train.latest_step(experiment, workdir) is None:
     return []
-  with train.open_checkpoints(experiment, workdir) as checkpoints:
-    state = checkpoints.restore(experiment.abstract_state)
+  state = train.load_state(experiment, workdir)
   budgets = experiment.search_budgets
   proposals = evaluate.Evaluator(experiment).propose(state.policy, budgets)
   return [(b, p.arch) for b, p in zip(budgets, proposals, strict=True)]

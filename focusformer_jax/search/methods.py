@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import importlib.util
 from typing import Any
 
 from focusformer_jax import config as config_lib
@@ -74,16 +75,21 @@ METHODS = {
 
 
 def check(options: config_lib.Search) -> None:
-  """Refuses methods that do not exist.
+  """Refuses methods that do not exist, or lack a package.
 
   Raises:
-    UserError: names the first one.
+    UserError: Names the first one.
   """
   for name in options.method:
     if name not in METHODS:
       raise errors.UserError(
         f'config.search.method: wanted one of {", ".join(METHODS)}, found '
         f'{name!r}'
+      )
+    if name == 'nsga2' and importlib.util.find_spec('pymoo') is None:
+      raise errors.UserError(
+        'config.search.method: wanted the package pymoo for nsga2, found none; '
+        '`pip install pymoo`'
       )
 
 

@@ -117,14 +117,17 @@ def search(
 
 
 def _warn_of_untrained(settings: config_lib.Settings) -> None:
-  untrained = curricula.warmup_steps(settings) >= settings.train.steps
+  untrained = curricula.sampler_updates(settings) == 0
   if untrained and 'sampler' in settings.search.method:
     logging.warning(
       'the sampler took no update, so its answers are guesses: wanted '
-      'config.curriculum.name=focus with a warmup below 1, or '
-      'config.search.method without sampler, found %s, %s and %s',
+      'config.curriculum.name=focus with more steps after the warm-up than '
+      'config.sampler.every, or config.search.method without sampler, found '
+      '%s, a warmup of %s of %s steps, an update every %s, and %s',
       settings.curriculum.name,
       settings.curriculum.warmup,
+      settings.train.steps,
+      settings.sampler.every,
       settings.search.method,
     )
 

@@ -118,7 +118,7 @@ class Checkpoints:
   """The checkpoints of one working directory.
 
   Args:
-    directory: Where the checkpoints are; created with the first one.
+    directory: Where the checkpoints are; created if need be.
     facts: JSON values that a checkpoint must share with this run.
     keep: Number of the newest checkpoints that stay on disk.
     tidy: Whether to delete incomplete checkpoints; only the writer may.
@@ -137,8 +137,12 @@ class Checkpoints:
     self.directory = epath.Path(directory).resolve()
     self._facts = json.loads(json.dumps(facts))
     self._implied = dict(implied or {})
+    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
     self._orbax = ocp.training.Checkpointer(
       self.directory,
+      context=ocp.Context(
+        pytree_options=ocp.options.PyTreeOptions(loading=loading)
+      ),
       # Only the training loop decides when to save.
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
         1
@@ -221,19 +225,18 @@ class Checkpoints:
     self,
     state: Tree,
     streams: Mapping[str, batches_lib.Batches] | None = None,
-    step: int | None = None,
   ) -> Tree:
-    """Reads a checkpoint, with the structure and shardings of `state`.
+    """Reads the newest checkpoint, with structure and shardings of `state`.
 
     Args:
-      state: Shapes and shardings of the state, or of a part of it.
+      state: Shapes and shardings of the state; without streams, those of a part
+        are enough.
       streams: Streams of batches, which are set to their saved positions.
-      step: Which checkpoint; None for the newest.
 
     Raises:
       UserError: There is none, it is of another run, or it cannot be read.
     """
-    step = self.latest_step if step is None else step
+    step = self.latest_step
     if step is None:
       raise errors.UserError(
         f'--workdir: wanted a checkpoint in {self.directory}, found none; run '
@@ -249,6 +252,13 @@ class Checkpoints:
           f'{self.directory / str(step)}: wanted {name} of shape {leaf.shape}, '
           f'found {there}; use another --workdir'
         )
+    if streams and (more := sorted(saved.keys() - wanted.keys())):
+      raise errors.UserError(
+        f'{self.directory / str(step)}: wanted nothing but what this config '
+        f'trains, found {more[0]} too; continue with the config of before '
+        '(config.distillation says whether there is a teacher) or use another '
+        '--workdir'
+      )
     try:
       loaded = self._orbax.load_checkpointables(
         step, {'state': {k: _abstract(v) for k, v in wanted.items()}}

@@ -90,6 +90,14 @@ def warmup_steps(settings: config_lib.Settings) -> int:
   return round(settings.curriculum.warmup * settings.train.steps)
 
 
+def sampler_updates(settings: config_lib.Settings) -> int:
+  """Number of updates of the sampler in the whole training."""
+  steps, every = settings.train.steps, settings.sampler.every
+  if not settings.train.supernet:
+    return steps
+  return steps // every - warmup_steps(settings) // every
+
+
 def after_warmup(
   settings: config_lib.Settings, first: float, last: float
 ) -> optax.Schedule:

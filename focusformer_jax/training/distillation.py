@@ -2,8 +2,8 @@
 
 In place, as in BigNAS (arXiv 2003.11142), the teacher is the largest subnet: it
 learns from the labels, and the others learn from its predictions on the same
-images. A pretrained network that becomes a supernet may teach instead, as it
-came.
+images. A frozen network may teach instead: one that was trained for the same
+images and classes, or the pretrained network that the supernet started from.
 
 Letters: `B` batch, `C` classes, or features of a network without classes.
 """

@@ -66,15 +66,17 @@ def settle(
     return settings
   if not (home / vit.DESCRIPTION).exists():
     if (workdir / train.CHECKPOINTS).exists():
-      _check_start(settings, workdir)
-      return settings  # It started from AutoFormer's weights.
-    network = _read(settings)
+      _check_start(settings, workdir)  # It started from AutoFormer's weights.
+      network = None
+    else:
+      network = _read(settings)
     if network is None:
+      _check_teaching(settings)
       return settings
     _prepare(settings, network, home)
   description = atomic_files.read_json(home / vit.DESCRIPTION)
   for name, wanted in _facts(settings).items():
-    # A description from before 2026-11-29 lacks those of the images.
+    # Descriptions of earlier versions lack some.
     if (found := description['made_with'].get(name, wanted)) != wanted:
       raise errors.UserError(
         f'config.{name}: wanted {found}, with which {home} was made, found '
@@ -104,6 +106,7 @@ def _facts(settings: config_lib.Settings) -> dict[str, Any]:
   names = [
     'seed',
     'train.initial',
+    'data.image_size',
     'pretrained.num_heads',
     'pretrained.pool',
     'pretrained.interpolate',

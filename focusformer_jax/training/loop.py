@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 import signal
+import threading
 import time
 from typing import Any, TypeVar
 
@@ -323,7 +324,9 @@ def _preemption() -> Iterator[Callable[[int], bool]]:
   """
   several, signals = jax.process_count() > 1, []
   before = signal.SIG_DFL
-  if not several:
+  # Python lets no other thread listen, such as that of a notebook's callback.
+  main = threading.current_thread() is threading.main_thread()
+  if main and not several:
     before = signal.signal(signal.SIGTERM, lambda *_: signals.append(True))
   try:
     yield (
@@ -334,4 +337,5 @@ def _preemption() -> Iterator[Callable[[int], bool]]:
   finally:
     # With several processes this replaces JAX's handler, which only notes the
     # signal: after training, a signal has to end the process.
-    signal.signal(signal.SIGTERM, before)
+    if main:
+      signal.signal(signal.SIGTERM, before)

@@ -46,7 +46,7 @@ def supernet_step(
 
   The curriculum picks S subnets, and each trains on its part of the batch. With
   distillation they learn from the largest subnet, which trains on the whole
-  batch, or from the initial network, which looks at the batch once.
+  batch, or from a frozen network, which looks at the batch once.
 
   Args:
     experiment: The fixed parts of the run.

@@ -65,15 +65,40 @@ def open_checkpoints(
   )
 
 
-def is_finished(
+def latest_step(
   experiment: experiment_lib.Experiment, workdir: epath.Path
-) -> bool:
-  """Whether there is a checkpoint of the last step."""
+) -> int | None:
+  """Step of the newest checkpoint, if there is one."""
   if not (workdir / CHECKPOINTS).exists():
-    return False
+    return None
   with open_checkpoints(experiment, workdir) as checkpoints:
-    latest = checkpoints.latest_step
-  return latest is not None and latest >= experiment.settings.train.steps
+    return checkpoints.latest_step
+
+
+def check_trained(workdir: epath.Path) -> None:
+  """Refuses a directory without checkpoints.
+
+  Raises:
+    UserError: There are none.
+  """
+  if not (workdir / CHECKPOINTS).exists():
+    raise errors.UserError(
+      f'--workdir: wanted a trained run in {workdir}, found no checkpoint; '
+      'use --mode=train first'
+    )
+
+
+def load_state(
+  experiment: experiment_lib.Experiment, workdir: epath.Path
+) -> state_lib.TrainState:
+  """The state of the newest checkpoint, on the mesh.
+
+  Raises:
+    UserError: There is none, it is of another run, or it cannot be read.
+  """
+  check_trained(workdir)
+  with open_checkpoints(experiment, workdir) as checkpoints:
+    return checkpoints.restore(experiment.abstract_state)
 
 
 def train_stream(
