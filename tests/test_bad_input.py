@@ -13,6 +13,7 @@ import pytest
 from focusformer_jax import errors
 from focusformer_jax import stages
 from focusformer_jax.data import datasets
+from focusformer_jax.search import methods
 from focusformer_jax.training import train
 from tests.conftest import smoke_settings
 
@@ -203,3 +204,27 @@ def leaves(experiment, workdir):
       experiment.abstract_state, train.open_streams(experiment)
     )
   return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize('mode', ['search', 'extract', 'export', 'report'])
+def test_mode_makes_nothing_in_a_mistyped_workdir(tfds_dir, tmp_path, mode):
+  settings = smoke_settings(tfds_dir, train__initial='vit.safetensors')
+  complaint('--workdir', stages.run, settings, tmp_path / 'typo', mode)
+  assert not (tmp_path / 'typo').exists()
+
+
+def test_nsga2_needs_a_package(tfds_dir, tmp_path, monkeypatch):
+  monkeypatch.setattr(methods.importlib.util, 'find_spec', lambda name: None)
+  settings = smoke_settings(tfds_dir, search__method=('nsga2',))
+  assert 'pip install pymoo' in complaint(
+    'config.search.method', stages.run, settings, tmp_path
+  )
+
+
+def test_only_training_needs_the_image_cache(tfds_dir, trained, tmp_path):
+  shutil.copytree(trained, tmp_path / 'run')
+  cache = tmp_path / 'cache'
+  settings = smoke_settings(tfds_dir, data__cache=str(cache))
+  complaint('config.data.cache', stages.run, settings, tmp_path / 'run')
+  stages.run(settings, tmp_path / 'run', 'extract')
+  assert not cache.exists()

@@ -14,7 +14,7 @@ from focusformer_jax import config as config_lib
 from focusformer_jax.sampler import conditional
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import curricula
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, smoke_settings
 from tests.enumerated import ALL
 from tests.enumerated import COSTS
 
@@ -312,3 +312,21 @@ def test_jobs_of_config_files_have_directories_of_their_own():
   assert len({*folders, *curricula_jobs.JOBS}) == 3 + len(curricula_jobs.JOBS)
   for job in jobs:  # A table says by which name its job is found again.
     assert curricula_jobs.find_job(job.name).folder == job.folder
+
+
+@pytest.mark.parametrize(
+  'steps, every, warmup, wanted',
+  [(100, 10, 0.2, 8), (100, 30, 0.2, 3), (20, 32, 0.2, 0), (100, 1, 1.0, 0)],
+)
+def test_updates_of_the_sampler_are_counted(
+  tfds_dir, steps, every, warmup, wanted
+):
+  settings = smoke_settings(
+    tfds_dir,
+    train__steps=steps,
+    sampler__every=every,
+    curriculum__warmup=warmup,
+  )
+  first = curricula.warmup_steps(settings)
+  counted = sum(s > first and s % every == 0 for s in range(1, steps + 1))
+  assert curricula.sampler_updates(settings) == counted == wanted

@@ -30,6 +30,7 @@ from focusformer_jax import errors
 from focusformer_jax import stages
 from focusformer_jax.data import augment
 from focusformer_jax.data import image_decoding
+from focusformer_jax.deploy import card
 from focusformer_jax.deploy import demo
 from focusformer_jax.deploy import export
 from focusformer_jax.deploy import predict_template
@@ -414,3 +415,27 @@ def test_deviations_are_relative_to_the_largest_logit(tmp_path):
       export._compare(path, wanted, wanted + 1.1e-5 * scale)
   with pytest.raises(errors.UserError, match='deviation of nan'):
     export._compare(path, wanted, np.nan * wanted)
+
+
+def test_networks_of_equal_cost_have_names_of_their_own(
+  experiment, monkeypatch, tmp_path
+):
+  folder, weights = epath.Path(tmp_path), make_supernet()
+  space, suffixes = experiment.space, []
+  values = space.to_json(space.largest())
+  heads = sorted(space.num_heads)[:2]
+  deep = [heads[0]] * (values['depth'] - 1)
+  archs = [
+    space.from_json(values | {'num_heads': order})
+    for order in ([*deep, heads[1]], [heads[1], *deep])
+  ]
+  assert len({experiment.cost_bins.table.of(arch) for arch in archs}) == 1
+
+  def export_nothing(*arguments, suffix):
+    suffixes.append(suffix)
+    return card.Exported(folder, '', {}, {}, None)
+
+  monkeypatch.setattr(stages.vit, 'extract', lambda weights, arch: ())
+  monkeypatch.setattr(stages.export, 'export', export_nothing)
+  stages._write_exports(experiment, 1, weights, [1, 2], archs, folder)
+  assert suffixes == ['', '-2']

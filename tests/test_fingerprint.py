@@ -138,6 +138,14 @@ def test_results_of_another_cost_are_computed_again(workdir, tfds_dir, capsys):
   assert report.table(results(workdir)) in printed
 
 
+def test_facts_that_only_the_results_tell_are_compared(workdir, tfds_dir):
+  found = results(workdir)
+  found['fingerprint']['supernet.registers'] = 4
+  (workdir / 'results.json').write_text(json.dumps(found))
+  settings = smoke_settings(tfds_dir)
+  refused('supernet.registers=0, found 4', settings, workdir, 'report')
+
+
 def test_results_of_another_window_are_refused(workdir, tfds_dir):
   found = smoke_settings(tfds_dir).sampler.window
   settings = smoke_settings(tfds_dir, sampler__window=0.5)

@@ -363,3 +363,14 @@ def test_features_need_their_own_loss(features, state_dict, tmp_path):
   wanted = 'config.distillation.loss: wanted features for a network without'
   with pytest.raises(errors.UserError, match=wanted):
     initial_network.settle(settings, epath.Path(tmp_path))
+
+
+def test_weights_of_autoformer_teach_no_features(
+  tfds_dir, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(initial_network, '_read', lambda settings: None)
+  settings = smoke_settings(
+    tfds_dir, train__initial='supernet.pth', distillation__loss='features'
+  )
+  with pytest.raises(errors.UserError, match=r'config\.distillation\.loss'):
+    initial_network.settle(settings, epath.Path(tmp_path))

@@ -111,6 +111,16 @@ def test_curves_of_similar_budgets_are_told_apart():
   assert labels == ['1,410,000', '1,440,000', '2.0M']
 
 
+def test_maps_of_similar_budgets_are_told_apart(workdir):
+  policy = json.loads((workdir / 'search' / 'policy.json').read_text())
+  for row, budget in zip(policy['budgets'], (1_410_000, 1_440_000)):
+    row['budget'] = budget
+  policy['budgets'] = policy['budgets'][:2]
+  axes = report.policy_plots(policy)['num_heads'].axes
+  titles = [title for a in axes if (title := a.get_title())]
+  assert titles == ['1,410,000', '1,440,000']
+
+
 def test_page_leaves_out_missing_files(workdir, tmp_path):
   results = (workdir / 'results.json').read_text()
   (tmp_path / 'results.json').write_text(results)

@@ -2,6 +2,7 @@
 
 import ast
 import collections
+from concurrent import futures
 import functools
 import json
 import os
@@ -284,6 +285,28 @@ def test_resuming_with_another_teacher_is_refused(tfds_dir, exported, tmp_path):
     train._check_teacher(experiment, state.replace(teacher=other), tmp_path)
 
 
+def test_teacher_in_a_checkpoint_is_for_training_alone(
+  tfds_dir, exported, tmp_path
+):
+  taught = experiment_lib.create(
+    smoke_settings(
+      tfds_dir, distillation__loss='kl', distillation__teacher=str(exported)
+    ),
+    jax.devices()[:1],
+  )
+  state = taught.init_state()
+  with train.open_checkpoints(taught, tmp_path) as checkpoints:
+    checkpoints.save(1, state, train.open_streams(taught))
+  plain = experiment_lib.create(smoke_settings(tfds_dir), jax.devices()[:1])
+  found = train.load_state(plain, tmp_path)
+  assert_same(found, state.replace(teacher=None))
+  with (
+    train.open_checkpoints(plain, tmp_path) as checkpoints,
+    pytest.raises(errors.UserError, match=r'found teacher\.\S+ too; .*distill'),
+  ):
+    checkpoints.restore(plain.abstract_state, train.open_streams(plain))
+
+
 def test_gigamacs_count_the_candidates_of_attentive(tfds_dir):
   experiment = experiment_lib.create(
     smoke_settings(tfds_dir, curriculum__name='attentive'), jax.devices()[:1]
@@ -560,8 +583,9 @@ def test_debug_trace_refuses_a_bucket():
     pass
 
 
+@pytest.mark.parametrize('mode', ['train', 'run'])
 def test_longer_training_is_not_called_a_shorter_one(
-  tfds_dir, evaluator, trained, tmp_path
+  mode, tfds_dir, trained, tmp_path
 ):
   shutil.copytree(trained, tmp_path / 'run')
   config = (tmp_path / 'run' / 'config.json').read_text()
@@ -572,8 +596,21 @@ def test_longer_training_is_not_called_a_shorter_one(
     errors.UserError,
     match=r'config\.train\.steps: wanted at least the 8 steps of',
   ):
-    train.train(experiment, evaluator, tmp_path / 'run')
+    stages.run(experiment.settings, tmp_path / 'run', mode)
   assert (tmp_path / 'run' / 'config.json').read_text() == config
+
+
+def test_thread_without_signals_can_train():
+  """A callback of a notebook runs in one."""
+
+  def listen() -> bool:
+    with loop._preemption() as stopped:
+      return stopped(1)
+
+  before = signal.getsignal(signal.SIGTERM)
+  with futures.ThreadPoolExecutor() as threads:
+    assert not threads.submit(listen).result()
+  assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_debug_nans_names_the_operation(tfds_dir, tmp_path, monkeypatch):
