@@ -44,8 +44,9 @@ def markdown() -> str:
     '`python -m focusformer_jax.config_docs > docs/configuration.md`.',
     '',
     'Set a key in a config file or with `--config.KEY=VALUE`. The defaults are',
-    'those of `configs/digits.py`, which also sets `sampler.window` to 0.8 and',
-    '`curriculum.strata` to True. To see the values of another config, run',
+    'those of `configs/digits.py`, except for `sampler.window` (there 0.8),',
+    '`curriculum.strata` (True) and `curriculum.warmup` (0.4). To see the',
+    'values of another config, run',
     '`python main.py --config=FILE --help-config`.',
   ]
   for path, section in _sections(config_lib.Settings()):
