@@ -2,8 +2,9 @@
 
   python benchmarks/augmentation_sheet.py --config=configs/cifar100.py sheet.png
 
-Each row starts with an image of the training split; the other images of the row
-are augmented from it by the recipe of `config.augment`, mixup included.
+Each row starts with an image as the input pipeline delivers it; the others are
+augmented from it, as on the device, by the recipe of `config.augment`, mixup
+included. Images that are stored encoded, such as ImageNet's, arrive cropped.
 """
 
 import pathlib
@@ -49,7 +50,7 @@ def sheet(experiment: experiment_lib.Experiment) -> np.ndarray:
 
 
 def main(argv):
-  if len(argv) != 2:
+  if len(argv) != 2 or CONFIG.value is None:
     sys.exit(__doc__)
   try:
     experiment = experiment_lib.create(config_lib.parse(CONFIG.value))
@@ -62,7 +63,7 @@ def main(argv):
   for axis, image in zip(axes.flat, images.reshape(-1, *images.shape[2:])):
     axis.imshow(image, cmap='gray', vmin=0, vmax=1)
     axis.set_axis_off()
-  axes[0, 0].set_title('original', fontsize=8)
+  axes[0, 0].set_title('input', fontsize=8)
   figure.savefig(argv[1], dpi=100)
 
 

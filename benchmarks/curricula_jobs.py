@@ -115,7 +115,11 @@ def find_job(name: str) -> Job:
     )
   if variant:
     get_config = functools.partial(get_config, variant)
-  if (cost := get_config().sampler.cost) != 'macs':
+  try:
+    cost = get_config().sampler.cost
+  except ValueError as error:  # It has no such variant.
+    raise argparse.ArgumentTypeError(f'{name}: {error}') from error
+  if cost != 'macs':
     raise argparse.ArgumentTypeError(
       f'wanted config.sampler.cost=macs in {path}, found {cost}'
     )

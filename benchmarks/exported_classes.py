@@ -170,6 +170,8 @@ def by_page(
 
 
 def main(argv: list[str]) -> int:
+  if len(argv) != 2:
+    sys.exit(__doc__)
   workdir = pathlib.Path(argv[1])
   settings = config_lib.parse(atomic_files.read_json(workdir / 'config.json'))
   dataset = datasets.open_dataset(settings.data, settings.augment.resized_crop)

@@ -213,5 +213,5 @@ def main():
 if __name__ == '__main__':
   try:
     main()
-  except errors.UserError as error:
+  except (OSError, errors.UserError) as error:
     sys.exit(f'error: {error}')

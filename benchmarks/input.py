@@ -6,11 +6,12 @@ First builds a TFDS data set of JPEGs, once: crops of the two photographs of
 scikit-learn, 500x375 pixels on average, with varied brightness and sharpness,
 at quality 95. Then prints images per second, for all cores and per core, for
 
-  jpeg         our pipeline: decode, random resized crop to 224, batch
+  jpeg         our pipeline: decode, random resized crop to 224, batch; `jpeg, N
+               workers` in so many processes
   jpeg_tfdata  the same work in tf.data, autotuned, from memory
   jpeg_limit   decoding of whole images alone, one thread per core: the best of
                simplejpeg, OpenCV, TensorFlow and Pillow
-  cached       crops from the cache of decoded images, which stays in memory,
+  cached, SIDE crops from the cache of decoded images, which stays in memory,
                with shorter sides of 256 and 128 pixels
   cifar        32x32 images in memory, shuffled and batched
 
@@ -146,7 +147,8 @@ def augmentation(config, images: int, rounds: int) -> tuple[float, float]:
     settings=settings.data,
     classes=tuple(map(str, range(classes))),
     channels=3,
-    encoded=False,
+    # JPEGs are cropped when they are decoded.
+    encoded=settings.augment.resized_crop is not None,
     center_crop=1.0,
     open_split=None,
     splits=(),

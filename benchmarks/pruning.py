@@ -45,6 +45,7 @@ import numpy as np
 from configs import elastic
 from focusformer_jax import atomic_files
 from focusformer_jax import config as config_lib
+from focusformer_jax import errors
 from focusformer_jax import runs
 from focusformer_jax import stages
 from focusformer_jax import text_table
@@ -331,4 +332,7 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  try:
+    main()
+  except (OSError, errors.UserError) as error:
+    sys.exit(f'error: {error}')

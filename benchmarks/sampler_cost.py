@@ -24,6 +24,7 @@ from absl import flags
 import jax
 
 from focusformer_jax import config as config_lib
+from focusformer_jax import errors
 from focusformer_jax import sharding
 from focusformer_jax.data import batches as batches_lib
 from focusformer_jax.training import curricula
@@ -103,4 +104,7 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  try:
+    main()
+  except (OSError, errors.UserError) as error:
+    sys.exit(f'error: {error}')

@@ -9,8 +9,9 @@ and largest subnet of the tiny space. All measurements alternate, matmuls
 included, so that a slow spell of the machine affects all of them; times are
 medians.
 
-Each core is a JAX device with its share of the batch, as with
-JAX_NUM_CPU_DEVICES, so small products need not be split over threads.
+There is a JAX device for each core, as many as divide 16, with its share of the
+batch, as with JAX_NUM_CPU_DEVICES, so small products need not be split over
+threads.
 
 The floor is the time of the matrix products alone: 2 FLOPs per MAC forward, 3
 times that for training, at the rate of a plain float32 `jnp.matmul`. That rate
@@ -30,6 +31,7 @@ is the median ratio of neighboring rounds, above 1 where ours is faster.
 import argparse
 import collections
 import json
+import math
 import pathlib
 import shlex
 import subprocess
@@ -67,7 +69,8 @@ SUBNETS = {
 # (rows, inner, columns) and repetitions, about 20 ms each.
 MATMULS = (((3152, 240, 960), 3), ((2048, 2048, 2048), 1))
 
-jax.config.update('jax_num_cpu_devices', machine.cores())
+# Of a batch of 16 images, every device takes an equal part.
+jax.config.update('jax_num_cpu_devices', math.gcd(machine.cores(), 16))
 
 
 def split(mesh, tree):

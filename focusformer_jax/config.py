@@ -664,8 +664,8 @@ class Pretrained(schema.Section):
   )
   interpolate: bool = key(
     False,
-    'Interpolate the position embedding where `data.image_size` is another '
-    "than the network's.",
+    'Interpolate the position embedding of a file where `data.image_size` is '
+    "another than the network's.",
   )
   widths: tuple[float, ...] = key(
     (0.5, 0.75, 1.0),
@@ -874,6 +874,14 @@ class Extract(schema.Section):
     'File that describes the architecture, such as an `architecture.json`, '
     "to extract instead of the sampler's answer; empty for none.",
   )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.budget and self.architecture:
+      raise ValueError(
+        f'budget: wanted 0 with architecture={self.architecture}, found '
+        f'{self.budget:g}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -339,10 +339,11 @@ def _configuration(
 ) -> list[list[str]]:
   """Rows of keys and values: those of the training, or else of the search."""
   rows = dict(_flat(config | {'search': results['search']}))
-  searched = results.get('fingerprint', {})
-  for key in SEARCHED:
-    if key in searched:
-      rows[key] = json.dumps(searched[key])
+  fingerprint = results.get('fingerprint', {})
+  searched = {key: fingerprint[key] for key in SEARCHED if key in fingerprint}
+  # Results of an earlier version have no `config`.
+  for key, value in (searched | results.get('config', {})).items():
+    rows[key] = json.dumps(value)
   return [list(row) for row in rows.items()]
 
 

@@ -369,7 +369,8 @@ def load_run(workdir: epath.PathLike) -> Run:
     supernet=dataclasses.replace(settings.supernet, attention='auto'),
     extract=config_lib.Extract(),
   )
-  if settings.supernet.head:  # A teacher is for training alone.
+  # A frozen teacher of classes is for training alone, and may be gone.
+  if settings.supernet.head and settings.distillation.teacher != 'largest':
     settings = dataclasses.replace(
       settings, distillation=config_lib.Distillation()
     )

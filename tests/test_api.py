@@ -250,16 +250,30 @@ def test_directory_without_a_run_is_one_line(tmp_path):
 
 def test_run_without_a_checkpoint_is_one_line(trained, tmp_path):
   (tmp_path / 'config.json').write_text((trained / 'config.json').read_text())
-  with pytest.raises(ff.UserError, match='wanted a checkpoint') as caught:
+  with pytest.raises(ff.UserError, match='found no checkpoint') as caught:
     ff.load_run(tmp_path)
   assert '\n' not in str(caught.value)
 
 
-def test_run_is_loaded_whatever_it_was_trained_on(trained, tmp_path):
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {
+      'supernet': {'attention': 'pallas'},
+      'extract': {'architecture': 'a/file/that/is/elsewhere.json'},
+    },
+    {'distillation': {'loss': 'kl', 'teacher': 'a/network/that/is/elsewhere'}},
+    {
+      'curriculum': {'name': 'sandwich', 'subnets': 1},
+      'distillation': {'loss': 'kl'},
+    },
+  ],
+)
+def test_run_is_loaded_whatever_it_was_trained_on(changes, trained, tmp_path):
   shutil.copytree(trained / 'checkpoints', tmp_path / 'checkpoints')
   config = json.loads((trained / 'config.json').read_text())
-  config['supernet']['attention'] = 'pallas'
-  config['extract']['architecture'] = 'a/file/that/is/elsewhere.json'
+  for section, values in changes.items():
+    config[section] |= values
   (tmp_path / 'config.json').write_text(json.dumps(config))
   assert ff.load_run(tmp_path).experiment.attention == 'einsum'
 

@@ -151,3 +151,10 @@ def test_numbers_of_steps_can_be_given():
 def test_steps_that_are_none_are_errors(text):
   with pytest.raises(argparse.ArgumentTypeError, match='wanted a curriculum'):
     curricula_jobs.parse_steps(text)
+
+
+def test_variant_that_a_config_file_lacks_is_named():
+  with pytest.raises(
+    argparse.ArgumentTypeError, match='tall: wanted base or s'
+  ):
+    curricula_jobs.find_job('configs/digits.py:tall')

@@ -282,3 +282,8 @@ def keys_of(values: dict, path: str = ''):
       yield from keys_of(value, f'{path}{name}.')
     else:
       yield f'{path}{name}'
+
+
+def test_budget_and_architecture_to_extract_exclude_each_other():
+  with pytest.raises(ValueError, match='budget: wanted 0 with architecture='):
+    config_lib.Extract(1e5, 'architecture.json')

@@ -1,5 +1,6 @@
 """Exact ends, budgets and counts of binned costs."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -214,3 +215,12 @@ def test_lowest_default_budget_leaves_a_choice(experiment):
   allowed = bins.allowed(bins.bound(lowest))
   assert (bins.num_architectures * allowed).sum() >= 2
   assert lowest >= 1.2 * table.minimum
+
+
+def test_equal_budgets_count_once(experiment):
+  search = dataclasses.replace(
+    experiment.settings.search, budgets=(3e5, 1e5 + 0.5, 1e5)
+  )
+  settings = dataclasses.replace(experiment.settings, search=search)
+  found = dataclasses.replace(experiment, settings=settings).search_budgets
+  assert found == (100_000, 300_000)

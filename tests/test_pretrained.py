@@ -114,6 +114,22 @@ def test_mean_of_patches_is_normalized_by_fc_norm():
   np.testing.assert_array_equal(net.head.features(tokens), tokens)
 
 
+@pytest.mark.parametrize('execution', ['masked', 'switched'])
+def test_features_beyond_the_width_are_0_without_a_last_norm(execution):
+  state_dict, _ = case('timm_deit')
+  renamed = {'norm.weight': None, 'norm.bias': None} | {
+    f'fc_{name}': state_dict[name] for name in ('norm.weight', 'norm.bias')
+  }
+  net = network('timm_deit', renamed, pool=None)
+  space = search_space.SearchSpace((32, 48), (3,), (3,), (4.0,), head_dim=16)
+  supernet = pretrained.as_supernet(net, space).executed(execution)
+  size, channels = net.geometry.image_size, net.geometry.channels
+  images = jax.random.normal(jax.random.key(1), (2, size, size, channels))
+  found = supernet.features(images, space.smallest())
+  assert np.any(found[..., :32])
+  assert not np.any(found[..., 32:])
+
+
 def test_class_token_without_a_position_gets_none():
   position = case('timm_deit')[0]['pos_embed'][:, 1:]
   found = network('timm_deit', {'pos_embed': position}).stem.position

@@ -86,8 +86,10 @@ def test_page_shows_the_keys_of_the_search_not_of_the_training(workdir):
   results = found['results']
   assert results['fingerprint']['sampler.cost'] == 'macs'
   results['fingerprint'] |= {'sampler.cost': 'params', 'sampler.window': 0.5}
+  results['config'] |= {'sampler.latency': 'table.json'}
   rows = dict(report._configuration(found['config'], results))
   assert rows['sampler.cost'] == '"params"'
+  assert rows['sampler.latency'] == '"table.json"'
   assert rows['sampler.window'] == '0.5'
   assert rows['sampler.reward'] == '"loss"'
   assert rows['search.random'] == '4'

@@ -215,7 +215,8 @@ class Supernet(nnx.Module):
     Features beyond the width of the subnet `arch`, which may be traced, are 0.
     """
     net = layers.at_width(self, arch.embed_dim)
-    return net.head.features(*net._tokens(images_BHWC, arch, None))
+    x_BND, mask_D = net._tokens(images_BHWC, arch, None)
+    return net.head.features(x_BND, mask_D) * mask_D
 
   def _run(self, images_BHWC, arch, keep):
     """Logits of one subnet or, masked, of one for each of S equal parts."""

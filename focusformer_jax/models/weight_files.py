@@ -34,8 +34,8 @@ def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
     parts = re.fullmatch('([A-Z]+)([0-9]+)', tensor['dtype'])
     if not parts or parts[1] not in TYPES:
       raise errors.UserError(
-        f'wanted numbers of 8 bits or more in {path}, found '
-        f'{tensor["dtype"]} under {name!r}'
+        f'wanted {", ".join(TYPES)} and a number of bits, such as F16, in '
+        f'{path}, found {tensor["dtype"]} under {name!r}'
       )
     dtype = np.dtype(f'{TYPES[parts[1]]}{parts[2]}')
     array = np.frombuffer(tensor['data'], dtype).reshape(tensor['shape'])

@@ -100,6 +100,11 @@ def search(
     'checkpoint_step': int(state.step),
     'fingerprint': fingerprint.of_answers(experiment, state),
     'search': dataclasses.asdict(options),
+    # These are in no fingerprint: a table of latencies is, entry by entry.
+    'config': {
+      'sampler.latency': experiment.settings.sampler.latency,
+      'profile.batch_size': experiment.settings.profile.batch_size,
+    },
     'methods': counts,
     'budgets': [row for row in rows if row['method'] == first],
     'rivals': [row for row in rows if row['method'] != first],

@@ -1,5 +1,6 @@
 """The fixed parts of a run, made from its settings; steps close over them."""
 
+from collections.abc import Iterable
 import dataclasses
 import functools
 import json
@@ -118,15 +119,17 @@ class Experiment:
   def search_budgets(self) -> tuple[int, ...]:
     """The configured budgets, or six that divide the log of the range evenly.
 
+    Those that are equal count once, such as all of a space with two subnets.
+
     The lowest default is 20% above the smallest subnet, or more where that
     would leave no second subnet to choose.
     """
     table, configured = self.cost_bins.table, self.settings.search.budgets
     if configured:
-      return tuple(int(b) for b in sorted(configured))
+      return _distinct(sorted(configured))
     choice = self.cost_bins.lowest_budget(2) * table.unit
     low = min(max(1.2 * table.minimum, choice), table.maximum)
-    return tuple(int(b) for b in np.geomspace(low, table.maximum, 6).round())
+    return _distinct(np.geomspace(low, table.maximum, 6).round())
 
   @functools.cached_property
   def extract_architecture(self) -> search_space.Architecture | None:
@@ -174,6 +177,12 @@ class Experiment:
       raise errors.UserError(
         f'config.supernet.attention: wanted auto or einsum on a {platform}, '
         f'found {supernet.attention}, which runs on a {needed}'
+      )
+    tokens = self.geometry.num_tokens
+    if supernet.attention == 'pallas' and tokens > attention_lib.MOST_TOKENS:
+      raise errors.UserError(
+        'config.supernet.attention: wanted auto or einsum for more than '
+        f'{attention_lib.MOST_TOKENS} tokens, found pallas for {tokens}'
       )
     if supernet.attention == 'cudnn' and not attention_lib.cudnn_takes(
       dtype, head_dim, features
@@ -386,6 +395,10 @@ IMPLIED_FACTS = {
   f'supernet.{name}': getattr(config_lib.Supernet(), name)
   for name in ('class_token', 'registers', 'norm_eps', 'head', 'norms_by_width')
 } | {'curriculum.parts': 0}
+
+
+def _distinct(budgets: Iterable[float]) -> tuple[int, ...]:
+  return tuple(dict.fromkeys(int(budget) for budget in budgets))
 
 
 def config_facts(settings: config_lib.Settings) -> dict[str, Any]:

@@ -141,6 +141,11 @@ def _read(settings: config_lib.Settings) -> vit.VisionTransformer | None:
             f'{name}: wanted None or {wanted}, which {initial} has, found '
             f'{found}'
           )
+      if (own := network.geometry.image_size) != settings.data.image_size:
+        raise ValueError(
+          f'image_size: wanted {own}, which {initial} has (only files are '
+          f'interpolated), found {settings.data.image_size}'
+        )
       return network
     state_dict = weight_files.read(initial)
     if autoformer.is_state_dict(state_dict):
