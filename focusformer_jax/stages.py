@@ -33,6 +33,7 @@ from focusformer_jax.spaces import search_space
 from focusformer_jax.training import checkpoint
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import facts
 from focusformer_jax.training import initial_network
 from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import train
@@ -194,7 +195,7 @@ def _refuse_stale_results(
       'results of an earlier version; use --mode=search to search again'
     )
   # A fact that is not told has its default.
-  implied = experiment_lib.IMPLIED_FACTS
+  implied = facts.IMPLIED
   config = fingerprint.of_config(settings)
   if key := fingerprint.difference(implied | config, implied | found):
     raise errors.UserError(

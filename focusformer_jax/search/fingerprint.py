@@ -16,6 +16,7 @@ from focusformer_jax import config as config_lib
 from focusformer_jax.spaces import cost
 from focusformer_jax.training import checkpoint
 from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import facts
 from focusformer_jax.training import state as state_lib
 from focusformer_jax.training import train
 
@@ -26,7 +27,7 @@ def of_config(settings: config_lib.Settings) -> Fingerprint:
   """The part of `of_answers` that follows from the configuration alone."""
   sampler = settings.sampler
   return _json(
-    experiment_lib.config_facts(settings)
+    facts.of_config(settings)
     | _config_of_scores(settings)
     | {
       'sampler.cost': sampler.cost,

@@ -33,6 +33,7 @@ from focusformer_jax.spaces import latency_table
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import checkpoint
 from focusformer_jax.training import curricula
+from focusformer_jax.training import facts
 from focusformer_jax.training import optim
 from focusformer_jax.training import state as state_lib
 
@@ -372,7 +373,7 @@ class Experiment:
 
   def facts(self) -> dict[str, Any]:
     """What a checkpoint must agree with, by config key."""
-    return config_facts(self.settings) | {'data': self.dataset.contents}
+    return facts.of_config(self.settings) | {'data': self.dataset.contents}
 
   def data_facts(self) -> dict[str, Any]:
     """The facts that say which images a network saw, and in which order."""
@@ -389,44 +390,8 @@ def _as_teacher(net: supernet_lib.Supernet) -> supernet_lib.Supernet:
   return jax.tree.map(jnp.copy, net).executed('masked')
 
 
-# These facts are stored only where they differ from the defaults here, so that
-# checkpoints older than these keys still fit.
-IMPLIED_FACTS = {
-  f'supernet.{name}': getattr(config_lib.Supernet(), name)
-  for name in ('class_token', 'registers', 'norm_eps', 'head', 'norms_by_width')
-} | {'curriculum.parts': 0}
-
-
 def _distinct(budgets: Iterable[float]) -> tuple[int, ...]:
   return tuple(dict.fromkeys(int(budget) for budget in budgets))
-
-
-def config_facts(settings: config_lib.Settings) -> dict[str, Any]:
-  """The facts that follow from the configuration alone."""
-  supernet, sampler = settings.supernet, settings.sampler
-  shifts = settings.curriculum.name == 'shift'
-  found = {
-    key: getattr(supernet, key.removeprefix('supernet.'))
-    for key in IMPLIED_FACTS
-    if key.startswith('supernet.')
-  } | {'curriculum.parts': settings.curriculum.parts if shifts else 0}
-  new = {k: fact for k, fact in found.items() if fact != IMPLIED_FACTS[k]}
-  return new | {
-    'seed': settings.seed,
-    'data.name': settings.data.name,
-    'data.image_size': settings.data.image_size,
-    'data.heldout': settings.data.heldout,
-    'augment.mean': settings.augment.mean,
-    'augment.std': settings.augment.std,
-    'space': settings.space.to_dict(),
-    'supernet.patch_size': supernet.patch_size,
-    'supernet.max_relative_position': supernet.max_relative_position,
-    'supernet.pool': supernet.pool,
-    'sampler.hidden': sampler.hidden,
-    'sampler.frequencies': sampler.frequencies,
-    'optimizer.ema': settings.optimizer.ema > 0,
-    'optimizer.accumulate': settings.optimizer.accumulate > 1,
-  }
 
 
 def create(settings: config_lib.Settings, devices=None) -> Experiment:

@@ -22,6 +22,7 @@ from focusformer_jax.training import checkpoint
 from focusformer_jax.training import curricula
 from focusformer_jax.training import evaluate
 from focusformer_jax.training import experiment as experiment_lib
+from focusformer_jax.training import facts
 from focusformer_jax.training import loop
 from focusformer_jax.training import optim
 from focusformer_jax.training import state as state_lib
@@ -61,7 +62,7 @@ def open_checkpoints(
     experiment.facts(),
     experiment.settings.train.keep_checkpoints,
     tidy=tidy,
-    implied=experiment_lib.IMPLIED_FACTS,
+    implied=facts.IMPLIED,
   )
 
 
