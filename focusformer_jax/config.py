@@ -70,8 +70,8 @@ class Data(schema.Section):
   )
   cache: str | None = key(
     None,
-    'Directory on a local disk for decoded training images, which are written '
-    'once and then cropped in place of being decoded in every epoch; None for '
+    'Directory on a local disk for decoded training images, written '
+    'once; every epoch then crops these instead of decoding again; None for '
     'no cache. At 3 bytes per pixel, the 1.15 million training images of '
     'ImageNet take 300 GB with `cache_side=256` and 76 GB with 128. The '
     'file is mapped into memory: the operating system keeps what fits there, '
@@ -412,7 +412,7 @@ class Curriculum(schema.Section):
   )
   final_epsilon: float = key(
     0.2,
-    'The same probability at the last step; it changes linearly in between.',
+    '`focus`: that probability at the last step; linear from `epsilon`.',
     at_least=0,
     at_most=1,
   )
@@ -498,7 +498,7 @@ class Sampler(schema.Section):
     at_least=2,
   )
   batch_size: int = key(
-    32, 'Held-out images on which they are compared.', at_least=1
+    32, 'Held-out images on which subnets are compared.', at_least=1
   )
   reward: str = key(
     'loss',
@@ -559,7 +559,7 @@ class Sampler(schema.Section):
   )
   final_entropy: float = key(
     0.05,
-    'The same weight at the last step; it changes linearly in between.',
+    "Weight of the policy's entropy at the last step; linear from `entropy`.",
     at_least=0,
   )
   target_entropy: float = key(
@@ -572,13 +572,14 @@ class Sampler(schema.Section):
   )
   final_target_entropy: float = key(
     0.0,
-    'The same share at the last step; it changes linearly in between.',
+    'That share at the last step; linear from `target_entropy`.',
     at_least=0,
     at_most=1,
   )
   steering: float = key(
     0.3,
-    'Weight of half the squared distance from that entropy, in nats.',
+    'Weight of half the squared distance, in nats, of the entropy from its '
+    'target.',
     above=0,
   )
   learning_rate: float = key(1e-2, "Adam's learning rate.", above=0)
@@ -651,8 +652,8 @@ class Pretrained(schema.Section):
 
   num_heads: int | None = key(
     None,
-    'Heads of every layer, which the file does not tell; None for heads of 64 '
-    'channels, where the width tells.',
+    'Number of heads of every layer, which the file does not store; None for '
+    'heads of 64 channels, if that divides the width.',
     at_least=1,
   )
   pool: str | None = key(
@@ -675,19 +676,19 @@ class Pretrained(schema.Section):
   )
   depths: tuple[float, ...] = key(
     (0.5, 0.625, 0.75, 0.875, 1.0),
-    'Choices of the number of layers, in the same way.',
+    "Choices of the number of layers, as shares of the network's.",
     above=0,
     at_most=1,
   )
   heads: tuple[float, ...] = key(
     (0.5, 0.75, 1.0),
-    'Choices of the number of heads, in the same way.',
+    "Choices of the number of heads, as shares of the network's.",
     above=0,
     at_most=1,
   )
   ratios: tuple[float, ...] = key(
     (0.25, 0.5, 0.75, 1.0),
-    'Choices of the MLP ratio, in the same way.',
+    "Choices of the MLP ratio, as shares of the network's.",
     above=0,
     at_most=1,
   )
@@ -700,7 +701,9 @@ class Pretrained(schema.Section):
     'by what dropping them changes.',
     choices=('taylor', 'magnitude', 'none'),
   )
-  images: int = key(256, 'Held-out images for these scores.', at_least=1)
+  images: int = key(
+    256, 'Held-out images for the importance scores.', at_least=1
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -721,7 +724,7 @@ class Search(schema.Section):
   )
   score: str = key(
     'loss',
-    'What methods choose by, on held-out images: the `loss`, or the '
+    'The criterion of the choice, on held-out images: the `loss`, or the '
     '`calibrated_loss`, at the temperature of the logits that fits each '
     'network best. Long training makes large networks overconfident, which '
     'the first counts against them.',
@@ -836,7 +839,8 @@ class Retrain(schema.Section):
   cnn_blocks: int = key(2, 'Residual blocks of each stage.', at_least=1)
   inherit: bool = key(
     True,
-    'Start from its weights; otherwise from random ones, as `cnn` always does.',
+    'Start from the weights of `network`; otherwise from random ones, as `cnn` '
+    'always does.',
   )
   steps: int = key(600, 'Updates.', at_least=1)
   eval_every: int = key(200, 'Steps between held-out evaluations.', at_least=1)
@@ -932,7 +936,7 @@ class Debug(schema.Section):
   )
   trace: bool = key(
     False,
-    "Write a profiler's trace of the steps 11 to 20 of a training run to "
+    "Write a profiler's trace of steps 11 to 20 of a training run to "
     '`<workdir>/trace`, or `<workdir>/retrain/trace`.',
   )
 
