@@ -149,7 +149,15 @@ def main(argv):
     sys.exit(f'error: wanted only flags, found the argument {argv[1]}')
   _show_our_lines()
   _keep_compiled_programs()
-  _join_processes()
+  try:
+    _join_processes()
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # Both are said by JAX.
+    platforms = jax.config.jax_platforms or 'any platform'
+    sys.exit(
+      f'error: wanted devices of {platforms}, found none '
+      f'({errors.first_line(error)}); check JAX_PLATFORMS and the drivers'
+    )
   try:
     stages.run(
       config_lib.parse(CONFIG.value), epath.Path(WORKDIR.value), MODE.value
@@ -162,6 +170,15 @@ def main(argv):
     _leave(
       f'error: cannot read or write a file: {error}; check --workdir and '
       'config.data.dir'
+    )
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    _leave(
+      'error: wanted more memory than a device has, found '
+      f'{errors.first_line(error)}; lower config.data.batch_size, '
+      'config.data.eval_batch_size or config.sampler.batch_size, or change '
+      'config.supernet.remat'
     )
   except BaseException:
     if jax.process_count() == 1:

@@ -18,6 +18,9 @@ multiply-adds. Prints tables, and draws a plot beside the JSON.
 chosen for equal multiply-adds on Fashion-MNIST, including scores on held-out
 images. The table has the actual numbers; where they differ by over 2%, the
 program prints the number of steps that would be equal, which `--steps` takes.
+The sampler decides what it trains, so the compute of focus differs between
+seeds: with `--equalize`, the steps of each seed but the first are those that
+bring the mean compute of its row to that of the first curriculum.
 Hypervolume is the dominated share of the plane of test accuracy and the
 logarithm of MACs, for the answers alone and with the smallest and the largest
 subnet, which every search reports, among them. The workdir keeps all runs, and
@@ -104,6 +107,26 @@ def mean_and_error(values: list[float]) -> dict[str, float | None]:
   return {'mean': float(np.mean(values)), 'standard_error': error}
 
 
+def equal_steps(
+  found: list[dict[str, Any]], wanted: list[dict[str, Any]]
+) -> int:
+  """Steps of the next seed that bring a row's mean compute to another's.
+
+  It assumes that a step takes as much as it did on average. The number is 0.8
+  to 1.25 times that of the first seed.
+
+  Args:
+    found: The row's runs so far, as `outcome` gives them; at least one.
+    wanted: Runs of the other row.
+  """
+  steps = sum(run['steps'] for run in found)
+  gigamacs = sum(run['gigamacs'] for run in found)
+  mean = np.mean([run['gigamacs'] for run in wanted])
+  left = (len(found) + 1) * mean - gigamacs
+  first = found[0]['steps']
+  return round(np.clip(left * steps / gigamacs, 0.8 * first, 1.25 * first))
+
+
 def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
   """Means over one curriculum's seeds for the networks of one method."""
   rows = [jobs.rows_of(run, method) for run in runs]
@@ -128,7 +151,7 @@ def summary(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
   return (
     {
       'method': method,
-      'steps': runs[0]['steps'],
+      'steps': round(np.mean([run['steps'] for run in runs])),
       'gigamacs': compute['mean'],
       'gigamacs_standard_error': compute['standard_error'],
       'hypervolume': volume(rows),
@@ -210,6 +233,11 @@ def main():
     help='other numbers of steps, such as focus=6000',
   )
   parser.add_argument(
+    '--equalize',
+    action='store_true',
+    help='choose the steps of later seeds for equal mean compute',
+  )
+  parser.add_argument(
     '--alone',
     type=int,
     nargs='+',
@@ -264,10 +292,14 @@ def main():
   for number, (seed, name) in enumerate(planned, 1):
     print(f'run {number} of {len(planned)}: {name}, seed {seed}', flush=True)
     folder = jobs.folder_of(args.workdir, job, name, seed)
-    settings = jobs.settings_of(job, name, seed)
+    steps = job.variant_steps
+    if args.equalize and runs[name] and name != args.only[0]:
+      steps = steps | {name: equal_steps(runs[name], runs[args.only[0]])}
+    of_seed = dataclasses.replace(job, variant_steps=steps)
+    settings = jobs.settings_of(of_seed, name, seed)
     if settings.distillation.teacher == jobs.CNN:
       frozen = {'distillation.teacher': teacher(job, args.workdir)}
-      settings = jobs.settings_of(job, name, seed, frozen)
+      settings = jobs.settings_of(of_seed, name, seed, frozen)
     runs[name].append(outcome(settings, folder))
 
   summaries = {}
@@ -282,6 +314,10 @@ def main():
     'variant_steps': job.variant_steps,
     'curricula': summaries,
   }
+  if args.equalize:
+    result['steps_of_seeds'] = {
+      name: [run['steps'] for run in found] for name, found in runs.items()
+    }
   if args.alone:
     chosen = {name: runs[name][: args.alone_seeds] for name in args.alone_of}
     compared = alone.compare(

@@ -23,7 +23,7 @@ from focusformer_jax import atomic_files
 from focusformer_jax import errors
 
 # What must not differ between the files.
-SAME = 'method', 'steps', 'budgets'
+SAME = 'method', 'budgets'
 
 
 def pool_means(found: list[tables.Mean], counts: list[int]) -> tables.Mean:
@@ -66,7 +66,7 @@ def pool_summaries(
     counts: Number of seeds in each file.
 
   Raises:
-    UserError: The files differ in its method, steps or budgets.
+    UserError: The files differ in its method or budgets.
   """
   same = {key: found[0][key] for key in SAME}
   for other in found[1:]:
@@ -77,15 +77,13 @@ def pool_summaries(
         )
   compute = pool_means([tables.compute(each) for each in found], counts)
   rest = found[0].keys() - {*SAME, 'gigamacs', 'gigamacs_standard_error'}
-  figures = [{key: each[key] for key in rest} for each in found]
-  return (
-    same
-    | {
-      'gigamacs': compute['mean'],
-      'gigamacs_standard_error': compute['standard_error'],
-    }
-    | pool(figures, counts)
-  )
+  figures = pool([{key: each[key] for key in rest} for each in found], counts)
+  return same | {
+    'gigamacs': compute['mean'],
+    'gigamacs_standard_error': compute['standard_error'],
+    **figures,
+    'steps': round(figures['steps']),
+  }
 
 
 def pool_results(
@@ -99,7 +97,8 @@ def pool_results(
 
   Raises:
     UserError: The files are of different jobs, share a seed, lack a curriculum,
-      or differ in its method, steps or budgets.
+      or differ in its method or budgets, or in its steps without
+      `--equalize`.
   """
   if len(jobs := {each['job'] for each in found}) > 1:
     raise errors.UserError(
@@ -116,13 +115,24 @@ def pool_results(
         f'wanted the curriculum {name!r} in all files; leave it out with --only'
       )
     same = [each['curricula'][name] for each in found]
+    steps = {each['steps'] for each in same}
+    if len(steps) > 1 and not all('steps_of_seeds' in each for each in found):
+      raise errors.UserError(
+        f'wanted the same steps of {name!r} in all files, found {sorted(steps)}'
+      )
     summaries[name] = pool_summaries(same, counts)
-  return {
+  result = {
     'job': found[0]['job'],
     'seeds': seeds,
     'variant_steps': found[0].get('variant_steps', {}),
     'curricula': summaries,
   }
+  if all('steps_of_seeds' in each for each in found):
+    result['steps_of_seeds'] = {
+      name: [n for each in found for n in each['steps_of_seeds'][name]]
+      for name in summaries
+    }
+  return result
 
 
 def read_results(path: pathlib.Path) -> dict[str, Any]:

@@ -67,9 +67,10 @@ def main():
   for path in args.runs:
     print('/'.join(path.parts[-2:]), flush=True)
     found.append(choices(path))
-  table = np.array([[run[score] for score in SCORES] for run in found])
-  if len({tuple(budgets) for budgets in table[:, 0, :, 0]}) > 1:
+  budgets = {tuple(row[0] for row in run[SCORES[0]]) for run in found}
+  if len(budgets) > 1:
     parser.error('wanted runs with the same budgets, found others')
+  table = np.array([[run[score] for score in SCORES] for run in found])
   for i, budget in enumerate(table[0, 0, :, 0]):
     costs, tests = table[:, :, i, 1], 100 * table[:, :, i, 2]
     cells = [f'{budget / 1e6:.2f}M']

@@ -43,7 +43,9 @@ def load(path: pathlib.Path) -> config_lib.Settings:
 def draw(experiment, state: state_lib.TrainState):
   """Draws the subnets of one step."""
   key = state_lib.stream_key(0, state_lib.Stream.CURRICULUM, state.step)
-  return experiment.draw(key, curricula.Context(state.step, state.policy))
+  return experiment.draw(
+    key, curricula.Context(state.step, state.policy, shares=state.shares)
+  )
 
 
 def main():

@@ -30,7 +30,8 @@ def read_json(path: epath.Path) -> Any:
   """The JSON value in a file.
 
   Raises:
-    UserError: the file is not JSON.
+    UserError: The file is not JSON.
+    OSError: It cannot be read.
   """
   try:
     return json.loads(path.read_text())

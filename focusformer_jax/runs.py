@@ -7,12 +7,13 @@
 Letters: `B` batch, `C` channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
 
 from etils import epath
+from flax import traverse_util
 import jax
 from jaxtyping import Array, Float, UInt8
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from focusformer_jax import atomic_files
 from focusformer_jax import config as config_lib
 from focusformer_jax import errors
+from focusformer_jax import schema
 from focusformer_jax import sharding
 from focusformer_jax import stages
 from focusformer_jax.data import augment
@@ -176,10 +178,10 @@ class Run:
   def answer(self, budget: float) -> Answer:
     """The sampler's best architecture for a budget, and its held-out score.
 
-    The same as the search's and as that of `--mode=extract`: the best by
-    held-out loss (`config.search.score`) of the sampler's proposals to
-    `config.search.candidates` budgets that are within this one. A larger budget
-    never gets a worse answer.
+    The same as that of `--mode=search` and `--mode=extract` with the same
+    config: the best by held-out loss (`config.search.score`) of the sampler's
+    proposals to `config.search.candidates` budgets that are within this one. A
+    larger budget never gets a worse answer.
 
     Args:
       budget: Upper bound of `config.sampler.cost`, such as 150_000 MACs.
@@ -276,10 +278,13 @@ class Run:
     Each answer is a point at its cost; a line leads from it to its budget.
 
     Args:
-      budgets: Budgets to ask for; by default those of the run's search.
+      budgets: Budgets to ask for; by default those of `config.search.budgets`.
 
     Returns:
       `matplotlib.axes.Axes`, in a new figure of pyplot.
+
+    Raises:
+      UserError: No subnet of the space is within one of the budgets.
     """
     from matplotlib import pyplot as plt  # Slow to import.
     from matplotlib import ticker
@@ -338,21 +343,30 @@ def train(settings: config_lib.Settings, workdir: epath.PathLike) -> Run:
   Raises:
     UserError: The settings do not fit the data set, the devices or the
       checkpoint, or too many updates were not finite.
+    FloatingPointError: A value is not finite, with `config.debug.nans`.
     loop.Preempted: SIGTERM came; a checkpoint is written.
   """
   stages.run(settings, epath.Path(workdir), 'train')
   return load_run(workdir)
 
 
-def load_run(workdir: epath.PathLike) -> Run:
+def load_run(
+  workdir: epath.PathLike, changes: Mapping[str, Any] | None = None
+) -> Run:
   """Loads `config.json` and the newest checkpoint of a working directory.
 
   The run is restored to one device, however many it was trained on. Its data
   set has to be there: it gives the held-out images that answers are scored on.
 
+  Args:
+    workdir: Directory of the run.
+    changes: Values of keys that differ from the training's config, as
+      `--config.KEY=VALUE` of `--mode=search` would change them; for example
+      `{'search.score': 'calibrated_loss'}`.
+
   Raises:
-    UserError: The directory holds no trained run, a file cannot be read, or
-      the data set is another one.
+    UserError: The directory holds no trained run, a file cannot be read, a key
+      or value is wrong, or the data set is another one.
   """
   workdir = epath.Path(workdir)
   path = workdir / 'config.json'
@@ -361,7 +375,9 @@ def load_run(workdir: epath.PathLike) -> Run:
       f'workdir: wanted the directory of a trained run, found no {path}; train '
       'one with python main.py --config=CONFIG --workdir=WORKDIR'
     )
-  settings = config_lib.parse(atomic_files.read_json(path)).without_cache()
+  settings = config_lib.parse(atomic_files.read_json(path))
+  nested = traverse_util.unflatten_dict(dict(changes or {}), sep='.')
+  settings = schema.replace(settings, nested, 'config')
   settings = dataclasses.replace(
     settings,
     mesh=config_lib.Mesh(data=-1, fsdp=1),
@@ -369,11 +385,8 @@ def load_run(workdir: epath.PathLike) -> Run:
     supernet=dataclasses.replace(settings.supernet, attention='auto'),
     extract=config_lib.Extract(),
   )
-  # A frozen teacher of classes is for training alone, and may be gone.
-  if settings.supernet.head and settings.distillation.teacher != 'largest':
-    settings = dataclasses.replace(
-      settings, distillation=config_lib.Distillation()
-    )
-  experiment = experiment_lib.create(settings, devices=jax.local_devices()[:1])
+  experiment = experiment_lib.create(
+    settings, devices=jax.local_devices()[:1], trains=False
+  )
   state = train_lib.load_state(experiment, workdir)
   return Run(experiment, state, workdir)

@@ -66,12 +66,11 @@ def run(
 
   Raises:
     UserError: A mistake that the user can fix.
+    FloatingPointError: A value is not finite, with `config.debug.nans`.
     loop.Preempted: SIGTERM came during training; a checkpoint is written.
   """
   methods.check(settings.search)
   _check_workdir(workdir, mode, settings)
-  if mode not in ('run', 'train', 'retrain'):  # The others train nothing.
-    settings = settings.without_cache()
   settings = initial_network.settle(settings, workdir)
   if mode == 'report':
     _refuse_stale_results(settings, workdir)
@@ -83,10 +82,12 @@ def run(
   if mode == 'retrain':
     retrain.retrain(settings, workdir)
     return
-  experiment = experiment_lib.create(settings)
+  experiment = experiment_lib.create(settings, trains=mode in ('run', 'train'))
   evaluator = evaluate.Evaluator(experiment)
-  finished = train.latest_step(experiment, workdir) == settings.train.steps
-  if mode == 'train' or (mode == 'run' and not finished):
+  if mode == 'train' or (
+    mode == 'run'
+    and train.latest_step(experiment, workdir) != settings.train.steps
+  ):
     train.train(experiment, evaluator, workdir)
   if mode == 'train':
     return
@@ -113,8 +114,15 @@ def _check_workdir(
   """Refuses a directory without what the mode needs, before anything is made.
 
   Raises:
-    UserError: It lacks checkpoints, results or a network.
+    UserError: It cannot be read, or lacks checkpoints, results or a network.
   """
+  try:
+    workdir.exists()
+  except Exception as error:  # Each file system of epath has errors of its own.
+    raise errors.UserError(
+      '--workdir: wanted a place that can be read, found '
+      f'{errors.first_line(error)}'
+    ) from error
   if mode in ('search', 'extract', 'export'):
     train.check_trained(workdir)
   elif mode == 'report':

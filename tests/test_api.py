@@ -278,6 +278,17 @@ def test_run_is_loaded_whatever_it_was_trained_on(changes, trained, tmp_path):
   assert ff.load_run(tmp_path).experiment.attention == 'einsum'
 
 
+def test_run_answers_by_other_settings_of_a_search(trained):
+  changed = ff.load_run(
+    trained, {'search.score': 'calibrated_loss', 'sampler.cost': 'params'}
+  )
+  assert changed.settings.search.score == 'calibrated_loss'
+  table = changed.experiment.tables['params']
+  assert changed.answer(table.minimum).cost == table.minimum
+  with pytest.raises(ff.UserError, match=r'config\.search\.scores: no such'):
+    ff.load_run(trained, {'search.scores': 'loss'})
+
+
 def test_settings_are_read_back_from_a_workdir(run, experiment):
   mesh = experiment.settings.mesh
   assert dataclasses.replace(run.settings, mesh=mesh) == experiment.settings

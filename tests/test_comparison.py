@@ -136,6 +136,27 @@ def test_results_that_do_not_belong_together_are_errors(other, only, wanted):
     curricula_pool.pool_results([results_of([0, 1, 2]), other], only)
 
 
+def test_steps_of_equalized_results_are_pooled():
+  files = [results_of([0, 1, 2]), with_steps(results_of([4]), 42)]
+  for results, steps in zip(files, ([20, 30, 40], [42]), strict=True):
+    results['steps_of_seeds'] = {'focus': steps}
+  pooled = curricula_pool.pool_results(files)
+  assert pooled['steps_of_seeds'] == {'focus': [20, 30, 40, 42]}
+  assert pooled['curricula']['focus']['steps'] == 33
+
+
+def test_steps_of_later_seeds_make_the_mean_compute_equal():
+  wanted = [{'steps': 100, 'gigamacs': 10.0}]
+  found = [{'steps': 100, 'gigamacs': 9.0}]
+  steps = curricula.equal_steps(found, wanted)
+  assert steps == 122
+  # With the same compute per step, the mean of both is 10.
+  found.append({'steps': steps, 'gigamacs': 0.09 * steps})
+  assert np.mean([run['gigamacs'] for run in found]) == pytest.approx(10, 1e-2)
+  # A seed that differs a lot does not make the next one very short.
+  assert curricula.equal_steps([{'steps': 100, 'gigamacs': 15.0}], wanted) == 80
+
+
 def test_numbers_of_steps_can_be_given():
   name, steps = curricula_jobs.parse_steps('focus, S=1=700')
   assert (name, steps) == ('focus, S=1', 700)

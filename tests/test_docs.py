@@ -113,7 +113,9 @@ def test_results_have_the_steps_that_their_command_takes(path):
   )
   for name, row in results['curricula'].items():
     settings = curricula_jobs.settings_of(job, name, seed=0)
-    assert row['steps'] == settings.train.steps, name
+    # With --equalize, steps of later seeds follow from the compute of others.
+    first, *_ = results.get('steps_of_seeds', {}).get(name, [row['steps']])
+    assert first == settings.train.steps, name
 
 
 def test_readme_is_short():

@@ -1,5 +1,6 @@
 """The command: mistakes in one line, and where it was stopped."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,21 +10,28 @@ import pytest
 from tests.conftest import ROOT
 
 
-def test_the_command_says_it_in_one_line(tmp_path):
-  workdir = tmp_path / 'new'
-  done = subprocess.run(
-    [
-      sys.executable,
-      'main.py',
-      '--config=configs/digits.py:smoke',
-      f'--workdir={workdir}',
-      '--config.search.budgets=1',
-    ],
+def run(*flags, **environment) -> subprocess.CompletedProcess:
+  """Runs the command."""
+  return subprocess.run(
+    [sys.executable, 'main.py', '--config=configs/digits.py:smoke', *flags],
     cwd=ROOT,
+    env=os.environ | environment,
     capture_output=True,
     text=True,
     check=False,
   )
+
+
+def test_devices_that_are_not_there_are_one_line(tmp_path):
+  done = run(f'--workdir={tmp_path}', JAX_PLATFORMS='cuda')
+  assert done.returncode != 0
+  assert done.stderr.startswith('error: wanted devices of cuda, found none')
+  assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_command_says_it_in_one_line(tmp_path):
+  workdir = tmp_path / 'new'
+  done = run(f'--workdir={workdir}', '--config.search.budgets=1')
   assert done.returncode != 0
   last = done.stderr.strip().splitlines()[-1]
   assert last.startswith('error: config.search.budgets: wanted at least')

@@ -12,6 +12,7 @@ import pytest
 
 from focusformer_jax import errors
 from focusformer_jax.search import answers as answers_lib
+from focusformer_jax.search import fingerprint
 from focusformer_jax.search import methods
 from focusformer_jax.search import score_cache
 from focusformer_jax.search import search
@@ -318,6 +319,17 @@ def test_known_scores_cost_a_method_their_seconds_once(
   assert scorer.counts.evaluations == 3
   assert scorer.counts.new == 0
   assert scorer.counts.saved == pytest.approx(2)
+
+
+@pytest.mark.parametrize('line', [b'{}', b'3', b'no JSON', b'\xff'])
+def test_damaged_scores_are_one_line(experiment, state, tmp_path, line):
+  path = tmp_path / 'scores.jsonl'
+  header = fingerprint.of_scores(experiment, state)
+  score_cache.Table(path, header)
+  with path.open('ab') as file:
+    file.write(line + b'\n')
+  with pytest.raises(errors.UserError, match='remove that file'):
+    score_cache.Table(path, header)
 
 
 def test_scores_of_other_weights_are_not_used(

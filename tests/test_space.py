@@ -60,6 +60,7 @@ def test_dead_layers_are_zero():
     ('embed_dim', (12, 8)),
     ('depth', (1, 1)),
     ('num_heads', (0, 1)),
+    ('mlp_ratio', (0.1, 1.0)),
   ],
 )
 def test_nonsense_spaces_are_refused(field, choices):

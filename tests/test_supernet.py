@@ -36,6 +36,26 @@ apply = jax.jit(supernet_lib.Supernet.__call__)
 extracted = jax.jit(vit.VisionTransformer.__call__)
 
 
+@pytest.mark.parametrize(
+  'field, value',
+  [
+    ('execution', 'slices'),
+    ('attention', 'flash'),
+    ('remat', 'some'),
+  ],
+)
+def test_unknown_options_are_refused(field, value):
+  with pytest.raises(ValueError, match=f"{field}: wanted .* found '{value}'"):
+    supernet_lib.Supernet(TINY, GEOMETRY, rngs=nnx.Rngs(0), **{field: value})
+
+
+@pytest.mark.parametrize('pool', ['token', 'cls'])
+def test_pooling_of_what_is_not_there_is_refused(pool):
+  geometry = dataclasses.replace(GEOMETRY, class_token=False)
+  with pytest.raises(ValueError, match=f'pool: wanted .* found .?{pool}'):
+    layers.Head(8, geometry, pool, std=0.02, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize('arch', TINY.corners(), ids=TINY.describe)
 def test_masked_switched_and_extracted_agree(arch, images):
   wanted = extracted(vit.extract(NETS['masked'], arch), images)

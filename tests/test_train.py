@@ -300,6 +300,12 @@ def test_teacher_in_a_checkpoint_is_for_training_alone(
   plain = experiment_lib.create(smoke_settings(tfds_dir), jax.devices()[:1])
   found = train.load_state(plain, tmp_path)
   assert_same(found, state.replace(teacher=None))
+  # To search and export, nobody needs the teacher's files.
+  settings = smoke_settings(
+    tfds_dir, distillation__loss='kl', distillation__teacher='/gone'
+  )
+  searching = experiment_lib.create(settings, jax.devices()[:1], trains=False)
+  assert_same(train.load_state(searching, tmp_path), found)
   with (
     train.open_checkpoints(plain, tmp_path) as checkpoints,
     pytest.raises(errors.UserError, match=r'found teacher\.\S+ too; .*distill'),

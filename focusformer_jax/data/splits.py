@@ -49,6 +49,7 @@ class Dataset:
 
   @property
   def num_classes(self) -> int:
+    """Number of labels."""
     return len(self.classes)
 
   def split(self, name: str) -> sources.Source:

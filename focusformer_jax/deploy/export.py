@@ -284,13 +284,15 @@ def _measure(
     )
 
   accuracy, cost = {}, None
-  if experiment.geometry.num_classes:
-    for split in ('heldout', 'test'):
-      accuracy[split] = count(*outputs(classify, split))
-  if rounded is not None:
+  has_classes = bool(experiment.geometry.num_classes)
+  if has_classes or rounded is not None:
     full_BC, labels_B = outputs(classify, 'test')
+  if has_classes:
+    accuracy['heldout'] = count(*outputs(classify, 'heldout'))
+    accuracy['test'] = count(full_BC, labels_B)
+  if rounded is not None:
     found_BC, _ = outputs(rounded, 'test')
-    if experiment.geometry.num_classes:
+    if has_classes:
       changed_B = found_BC.argmax(1) != full_BC.argmax(1)
       cost = card.Int8(count(found_BC, labels_B), int(changed_B.sum()))
     else:
@@ -309,6 +311,7 @@ def _measure(
 
 
 def preprocessing(experiment: experiment_lib.Experiment) -> dict[str, Any]:
+  """What has to happen to images before a network, as the export writes it."""
   recipe, geometry = experiment.recipe, experiment.geometry
   return {
     'image_size': geometry.image_size,

@@ -55,7 +55,9 @@ def profile(settings: config_lib.Settings, workdir: epath.Path) -> None:
     )
   # Budgets out of reach are reported here, not refused.
   configured = settings.search.budgets
-  experiment = experiment_lib.create(_with(settings, 'search', budgets=()))
+  experiment = experiment_lib.create(
+    _with(settings, 'search', budgets=()), trains=False
+  )
   archs = _uniform_architectures(experiment)
   print(f'{_reachable(experiment.tables, archs)}\n')
   print(f'{_feasible(experiment, archs, configured)}\n', flush=True)

@@ -697,6 +697,12 @@ class Head(nnx.Module):
     std: float,
     rngs: nnx.Rngs,
   ):
+    if pool not in POOLS:
+      raise ValueError(f'pool: wanted one of {POOLS}, found {pool!r}')
+    if pool == 'cls' and not geometry.class_token:
+      raise ValueError(
+        'pool: wanted mean or fc_norm without a class token, found cls'
+      )
     self.pool = pool
     self.first_patch = geometry.first_patch
     self.norm = LayerNorm(embed_dim, geometry.norm_eps)

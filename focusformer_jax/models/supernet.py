@@ -65,6 +65,9 @@ class Supernet(nnx.Module):
     norms_by_width: Whether each width has norms of its own, see
       `layers.by_width`.
     rngs: Random streams for the initial parameters.
+
+  Raises:
+    ValueError: The space has no such pooling, execution, attention or remat.
   """
 
   def __init__(
@@ -82,6 +85,14 @@ class Supernet(nnx.Module):
     norms_by_width: bool = False,
     rngs: nnx.Rngs,
   ):
+    for name, value, choices in (
+      ('execution', execution, EXECUTIONS),
+      ('attention', attention, attention_lib.IMPLEMENTATIONS),
+      ('remat', remat, REMAT_POLICIES),
+    ):
+      if value not in choices:
+        wanted = ', '.join(choices)
+        raise ValueError(f'{name}: wanted one of {wanted}, found {value!r}')
     self.space = space
     self.geometry = geometry
     self.drop_path = drop_path

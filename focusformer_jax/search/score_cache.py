@@ -53,26 +53,26 @@ class Table:
     if path is None:
       return
     header = header | {'scores': list(evaluate.Score._fields)}
-    text = path.read_text() if path.exists() else ''
-    # A process that was killed while writing left half a line.
-    whole = text[: text.rfind('\n') + 1]
     try:
+      text = path.read_text() if path.exists() else ''
+      # A process that was killed while writing left half a line.
+      whole = text[: text.rfind('\n') + 1]
       lines = [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
+      if lines[:1] == [header]:
+        self.rows = {
+          (line['split'], json.dumps(line['architecture'])): Row(
+            evaluate.Score._make(line[name] for name in header['scores']),
+            line['seconds'],
+          )
+          for line in lines[1:]
+        }
+      else:
+        whole = json.dumps(header) + '\n'
+    except (ValueError, KeyError, TypeError) as error:
       raise errors.UserError(
         f'{path}: wanted a JSON object a line, found '
         f'{errors.first_line(error)}; remove that file'
       ) from error
-    if lines[:1] == [header]:
-      self.rows = {
-        (line['split'], json.dumps(line['architecture'])): Row(
-          evaluate.Score._make(line[name] for name in header['scores']),
-          line['seconds'],
-        )
-        for line in lines[1:]
-      }
-    else:
-      whole = json.dumps(header) + '\n'
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('all have read the table of scores')
     if whole != text and jax.process_index() == 0:

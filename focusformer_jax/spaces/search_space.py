@@ -96,6 +96,7 @@ class Geometry:
 
   @property
   def num_patches(self) -> int:
+    """Tokens of patches, which are a square."""
     return self.grid**2
 
   @property
@@ -131,8 +132,8 @@ class SearchSpace(schema.Section):
   Constants of `focusformer_jax/spaces/search_space.py` are ready-made spaces.
 
   Raises:
-    ValueError: Choices are empty, not positive or not ascending, or the order
-      of layers is no permutation.
+    ValueError: Choices are empty, not positive or not ascending, an MLP has no
+      hidden feature, or the order of layers is no permutation.
   """
 
   embed_dim: tuple[int, ...] = schema.key(
@@ -172,6 +173,12 @@ class SearchSpace(schema.Section):
       choices = getattr(self, name)
       if not choices or list(choices) != sorted(set(choices)):
         raise ValueError(f'{name}: wanted ascending choices, found {choices}')
+    if (least := self.mlp_dims.min()) < 1:
+      raise ValueError(
+        'mlp_ratio: wanted at least 1 hidden feature in every width, found '
+        f'{least} with a ratio of {self.mlp_ratio[0]} and a width of '
+        f'{self.embed_dim[0]}'
+      )
     ranks = list(range(self.num_layers))
     if self.layer_order and sorted(self.layer_order) != ranks:
       raise ValueError(
@@ -231,9 +238,14 @@ class SearchSpace(schema.Section):
     )
 
   def smallest(self) -> Architecture:
+    """The smallest choice of every dimension.
+
+    By a measured latency, another subnet may cost less (`CostTable.minimum`).
+    """
     return self._corner(0, 0, 0, 0)
 
   def largest(self) -> Architecture:
+    """The largest choice of every dimension."""
     return self._corner(-1, -1, -1, -1)
 
   def middle(self) -> Architecture:

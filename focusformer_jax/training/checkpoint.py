@@ -64,7 +64,7 @@ def claim(workdir: epath.Path) -> None:
 
 
 def wait_for_all(name: str) -> None:
-  """Waits for all processes, for up to an hour; each name serves once.
+  """Waits for all processes, for up to an hour.
 
   Collectives on CPUs time out after half a minute. A process may compile for
   longer than that, while another finds the program in its cache.

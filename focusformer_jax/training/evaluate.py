@@ -119,6 +119,9 @@ class Evaluator:
     Args:
       policy: The sampler.
       budgets: Whole costs, not below the smallest subnet's.
+
+    Raises:
+      ValueError: A budget is below the lowest cost.
     """
     bound = self._experiment.cost_bins.bound
     return jax.device_get([self._propose(policy, bound(b)) for b in budgets])
@@ -138,6 +141,9 @@ class Evaluator:
       count: Number of draws.
       weights: Output of the sampler's policy, whose draws are in the window of
         `config.sampler.window`; None draws uniformly over all architectures.
+
+    Raises:
+      ValueError: The budget is below the lowest cost.
     """
     share = self._experiment.settings.sampler.window
     if weights is None:
@@ -168,6 +174,8 @@ class Evaluator:
       source: The split.
       teacher: As `steps.eval_step` takes it; networks with classes need none.
     """
+    if not archs:
+      return []
     chunk = self._chunk
     padded = list(archs) + [archs[-1]] * (-len(archs) % chunk)
     chunks = [

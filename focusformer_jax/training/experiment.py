@@ -46,11 +46,14 @@ class Experiment:
     settings: The checked configuration.
     dataset: The data set that it names.
     mesh: The devices.
+    trains: Whether the supernet may be trained. Otherwise a frozen teacher of
+      classes is not needed, and its files may be gone.
   """
 
   settings: config_lib.Settings
   dataset: splits.Dataset
   mesh: jax.sharding.Mesh
+  trains: bool = True
 
   @property
   def space(self) -> search_space.SearchSpace:
@@ -222,10 +225,14 @@ class Experiment:
     return search_space.unstack(stacked)
 
   @property
+  def _trains_supernet(self) -> bool:
+    return self.trains and self.settings.train.supernet
+
+  @property
   def keeps_teacher(self) -> bool:
     """Whether the state holds the initial network, to teach or to compare."""
     settings = self.settings
-    needed = settings.train.supernet or not settings.supernet.head
+    needed = self._trains_supernet or not settings.supernet.head
     return settings.distillation.teacher == 'initial' and needed
 
   @functools.cached_property
@@ -236,7 +243,7 @@ class Experiment:
       UserError: It cannot be read, or is for other images or classes.
     """
     teacher = self.settings.distillation.teacher
-    if teacher in ('largest', 'initial') or not self.settings.train.supernet:
+    if teacher in ('largest', 'initial') or not self._trains_supernet:
       return None
     try:
       with jax.ensure_compile_time_eval():  # It may be asked for while tracing.
@@ -394,13 +401,23 @@ def _distinct(budgets: Iterable[float]) -> tuple[int, ...]:
   return tuple(dict.fromkeys(int(budget) for budget in budgets))
 
 
-def create(settings: config_lib.Settings, devices=None) -> Experiment:
+def create(
+  settings: config_lib.Settings, devices=None, *, trains: bool = True
+) -> Experiment:
   """Opens the data set and checks that all settings fit together.
+
+  Args:
+    settings: The checked configuration.
+    devices: Devices of the mesh; None for all.
+    trains: Whether the supernet may be trained. Otherwise training images are
+      not cached, and no frozen teacher of classes is read.
 
   Raises:
     UserError: from the data set, the mesh, a budget that no subnet of the
       space can meet, or the architecture to extract.
   """
+  if not trains:
+    settings = settings.without_cache()
   mesh = sharding.make_mesh(settings.mesh.data, settings.mesh.fsdp, devices)
   shards, subnets = mesh.size, settings.curriculum.subnets
   if shards % subnets and subnets % shards:
@@ -430,7 +447,7 @@ def create(settings: config_lib.Settings, devices=None) -> Experiment:
       f'config.augment.mean: wanted one number or one for each of the '
       f'{dataset.channels} channels of {settings.data.name}, found {mean}'
     )
-  experiment = Experiment(settings, dataset, mesh)
+  experiment = Experiment(settings, dataset, mesh, trains)
   bins = experiment.cost_bins
   wanted = [('search.budgets', b) for b in settings.search.budgets]
   wanted += [('export.budgets', b) for b in settings.export.budgets]

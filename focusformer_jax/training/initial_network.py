@@ -248,7 +248,7 @@ def _prepare(
   description = vit.describe(network, whole.to_json(whole.largest()))
   settled = _around(settings, description)
   _check_teaching(settled)
-  experiment = experiment_lib.create(settled)
+  experiment = experiment_lib.create(settled, trains=False)
   if network.geometry != experiment.geometry:
     raise errors.UserError(
       f'config.train.initial: wanted a network for {settings.data.name}, '
