@@ -17,6 +17,7 @@ import numpy as np
 
 from focusformer_jax import atomic_files
 from focusformer_jax import text_table
+from focusformer_jax.search import fingerprint
 from focusformer_jax.search import methods
 from focusformer_jax.spaces import search_space
 from focusformer_jax.training import metrics
@@ -323,24 +324,13 @@ def _flat(values: dict[str, Any], prefix: str = '') -> list[list[str]]:
   return rows
 
 
-# Keys that a search may change after the training.
-SEARCHED = (
-  'data.test',
-  'data.eval_batch_size',
-  'supernet.dtype',
-  'sampler.cost',
-  'sampler.bins',
-  'sampler.window',
-)
-
-
 def _configuration(
   config: dict[str, Any], results: dict[str, Any]
 ) -> list[list[str]]:
   """Rows of keys and values: those of the training, or else of the search."""
   rows = dict(_flat(config | {'search': results['search']}))
-  fingerprint = results.get('fingerprint', {})
-  searched = {key: fingerprint[key] for key in SEARCHED if key in fingerprint}
+  found = results.get('fingerprint', {})
+  searched = {key: found[key] for key in fingerprint.SEARCHED if key in found}
   # Results of an earlier version have no `config`.
   for key, value in (searched | results.get('config', {})).items():
     rows[key] = json.dumps(value)

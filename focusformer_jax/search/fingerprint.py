@@ -5,7 +5,7 @@ any of these is reused or shown. Keys are those of the configuration where they
 come from there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 from typing import Any
 import zlib
@@ -22,29 +22,25 @@ from focusformer_jax.training import train
 
 Fingerprint = dict[str, Any]
 
+# Keys on which scores depend, and those on which answers depend too; a search
+# may change them after the training.
+SCORED = 'data.test', 'supernet.dtype', 'data.eval_batch_size'
+SEARCHED = *SCORED, 'sampler.cost', 'sampler.bins', 'sampler.window'
+
 
 def of_config(settings: config_lib.Settings) -> Fingerprint:
   """The part of `of_answers` that follows from the configuration alone."""
-  sampler = settings.sampler
-  return _json(
-    facts.of_config(settings)
-    | _config_of_scores(settings)
-    | {
-      'sampler.cost': sampler.cost,
-      'sampler.bins': sampler.bins,
-      'sampler.window': sampler.window,
-    }
-  )
+  return _json(facts.of_config(settings) | _keys(settings, SEARCHED))
 
 
-def _config_of_scores(settings: config_lib.Settings) -> Fingerprint:
-  """What scores depend on beside the facts of a checkpoint."""
-  found = {
-    'data.test': settings.data.test,
-    'supernet.dtype': settings.supernet.dtype,
-  }
-  if not settings.supernet.head:  # Images are compared with their batch.
-    found['data.eval_batch_size'] = settings.data.eval_batch_size
+def _keys(settings: config_lib.Settings, names: Sequence[str]) -> Fingerprint:
+  """The values of keys such as 'data.test'."""
+  found = {}
+  for name in names:
+    section, key = name.split('.')
+    found[name] = getattr(getattr(settings, section), key)
+  if settings.supernet.head:  # Otherwise images are compared with their batch.
+    del found['data.eval_batch_size']
   return found
 
 
@@ -75,7 +71,7 @@ def of_scores(
   experiment: experiment_lib.Experiment, state: state_lib.TrainState
 ) -> Fingerprint:
   """What the score of an architecture depends on, beside the architecture."""
-  names = [*experiment.facts(), *_config_of_scores(experiment.settings)]
+  names = [*experiment.facts(), *_keys(experiment.settings, SCORED)]
   names += [*_neighbors(experiment), 'checkpoint_step', 'weights']
   answers = of_answers(experiment, state)
   return {name: answers[name] for name in names}
