@@ -42,7 +42,7 @@ def choices(values, most=3):
 @st.composite
 def spaces(draw, layers=3):
   return search_space.SearchSpace(
-    embed_dim=draw(choices(st.integers(1, 40))),
+    embed_dim=draw(choices(st.integers(2, 40))),  # Half of it is a feature.
     depth=draw(choices(st.integers(1, layers), most=2)),
     num_heads=draw(choices(st.integers(1, 6), most=2)),
     mlp_ratio=draw(choices(st.sampled_from([0.5, 1.0, 2.5, 4.0]), most=2)),
