@@ -152,7 +152,7 @@ def main(argv):
   try:
     _join_processes()
     jax.devices()
-  except (RuntimeError, AssertionError) as error:  # Both are said by JAX.
+  except (RuntimeError, AssertionError) as error:  # JAX raises both.
     platforms = jax.config.jax_platforms or 'any platform'
     sys.exit(
       f'error: wanted devices of {platforms}, found none '
@@ -171,16 +171,14 @@ def main(argv):
       f'error: cannot read or write a file: {error}; check --workdir and '
       'config.data.dir'
     )
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    _leave(
-      'error: wanted more memory than a device has, found '
-      f'{errors.first_line(error)}; lower config.data.batch_size, '
-      'config.data.eval_batch_size or config.sampler.batch_size, or change '
-      'config.supernet.remat'
-    )
-  except BaseException:
+  except BaseException as error:
+    if 'RESOURCE_EXHAUSTED' in str(error):  # JAX has no class for it.
+      _leave(
+        'error: wanted more memory than a device has: '
+        f'{errors.first_line(error)}; lower config.data.batch_size, '
+        'config.data.eval_batch_size or config.sampler.batch_size, or change '
+        'config.supernet.remat'
+      )
     if jax.process_count() == 1:
       raise
     _leave(traceback.format_exc())

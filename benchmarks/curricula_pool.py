@@ -108,6 +108,7 @@ def pool_results(
   if len(set(seeds)) < len(seeds):
     raise errors.UserError(f'wanted each seed in one file only, found {seeds}')
   counts = [len(each['seeds']) for each in found]
+  equalized = all('steps_of_seeds' in each for each in found)
   summaries = {}
   for name in only or found[0]['curricula']:
     if any(name not in each['curricula'] for each in found):
@@ -116,7 +117,7 @@ def pool_results(
       )
     same = [each['curricula'][name] for each in found]
     steps = {each['steps'] for each in same}
-    if len(steps) > 1 and not all('steps_of_seeds' in each for each in found):
+    if len(steps) > 1 and not equalized:
       raise errors.UserError(
         f'wanted the same steps of {name!r} in all files, found {sorted(steps)}'
       )
@@ -127,7 +128,7 @@ def pool_results(
     'variant_steps': found[0].get('variant_steps', {}),
     'curricula': summaries,
   }
-  if all('steps_of_seeds' in each for each in found):
+  if equalized:
     result['steps_of_seeds'] = {
       name: [n for each in found for n in each['steps_of_seeds'][name]]
       for name in summaries

@@ -39,18 +39,34 @@ def test_the_command_says_it_in_one_line(tmp_path):
   assert not workdir.exists()
 
 
-def test_the_command_says_where_it_was_stopped(tmp_path):
-  program = """
-import sys
+@pytest.mark.parametrize(
+  'raised, code, wanted',
+  [
+    (
+      "loop.Preempted('stopped by SIGTERM at step 3; saved')",
+      0,
+      'stopped by SIGTERM at step 3; saved',
+    ),
+    (
+      "jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 9 GiB\\nmore')",
+      1,
+      'error: wanted more memory than a device has: RESOURCE_EXHAUSTED: 9 GiB; '
+      'lower config.data.batch_size',
+    ),
+  ],
+)
+def test_the_command_says_why_it_ended(tmp_path, raised, code, wanted):
+  program = f"""
 from absl import app
+import jax
 from focusformer_jax import stages
 from focusformer_jax.training import loop
 import main
 
-def preempted(*args):
-  raise loop.Preempted('stopped by SIGTERM at step 3; saved')
+def ends(*args):
+  raise {raised}
 
-stages.run = preempted
+stages.run = ends
 app.run(main.main, flags_parser=main._parse_flags)
 """
   flags = ['--config=configs/digits.py:smoke', f'--workdir={tmp_path}']
@@ -61,9 +77,9 @@ app.run(main.main, flags_parser=main._parse_flags)
     text=True,
     check=False,
   )
-  assert done.returncode == 0, done.stderr
-  last = done.stderr.strip().splitlines()[-1]
-  assert last == 'stopped by SIGTERM at step 3; saved'
+  assert done.returncode == code, done.stderr
+  (line,) = done.stderr.strip().splitlines()
+  assert line.startswith(wanted)
 
 
 @pytest.mark.parametrize('flag', ['', '--verbosity=1'])

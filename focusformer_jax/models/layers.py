@@ -686,6 +686,9 @@ class Head(nnx.Module):
       or 'fc_norm', the normalized mean of the patches, as timm names it.
     std: Standard deviation of the initial weights.
     rngs: Random streams for the initial parameters.
+
+  Raises:
+    ValueError: The pooling is unknown, or there is no class token to pool.
   """
 
   def __init__(

@@ -67,7 +67,8 @@ class Supernet(nnx.Module):
     rngs: Random streams for the initial parameters.
 
   Raises:
-    ValueError: The space has no such pooling, execution, attention or remat.
+    ValueError: The pooling, execution, attention or remat is unknown, or there
+      is no class token to pool.
   """
 
   def __init__(
